@@ -1,0 +1,116 @@
+"""Model folders on disk: saved whole or not at all, described by `artifact.json`, checked when loaded.
+
+Notebooks hand models to one another only through these folders.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+DESCRIPTION = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A saved model: its folder and what `artifact.json` says of it."""
+
+    folder: Path
+    method: str  # how it was made, such as "gptq"
+    settings: dict  # of the method
+    parent: str  # name of the artifact it was made from
+    weight_bytes: int  # of the .safetensors files, read off the disk
+    sha256: str  # of the .safetensors files, in order of name
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _hash(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _aside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _recover(folder: Path) -> None:
+    """Undo a save that was interrupted between its two renames."""
+    old = _aside(folder, "old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def save(
+    folder: Path,
+    write: Callable[[Path], None],
+    *,
+    method: str,
+    settings: dict,
+    parent: str,
+    expected_bytes: int = 0,
+) -> Artifact:
+    """Let `write(path)` fill a new folder, describe it, and put it in place of `folder`.
+
+    It is written aside and renamed when complete: an interruption leaves the previous artifact or none, never half.
+    Raises OSError before writing when the disk has less than `expected_bytes` free.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
+    free = shutil.disk_usage(folder.parent).free
+    if free < expected_bytes:
+        raise OSError(
+            f"Saving {folder.name} takes {expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
+            "Free some space, then run the cell again."
+        )
+    new, old = _aside(folder, "new"), _aside(folder, "old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    write(new)
+    files = _weight_files(new)
+    description = {
+        "method": method,
+        "settings": settings,
+        "parent": parent,
+        "weight_bytes": sum(file.stat().st_size for file in files),
+        "sha256": _hash(files),
+    }
+    (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return Artifact(folder, **description)
+
+
+def load(folder: Path, made_by: str = "") -> Artifact:
+    """The artifact in `folder`, its files checked for completeness.
+
+    Raises FileNotFoundError naming the notebook `made_by` that makes it, or ValueError when files are damaged.
+    """
+    _recover(folder)
+    if not (folder / DESCRIPTION).exists():
+        hint = f" Run notebook {made_by} first." if made_by else ""
+        raise FileNotFoundError(f"There is no saved model {folder.name!r}.{hint}")
+    artifact = Artifact(folder, **json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+    found = sum(file.stat().st_size for file in _weight_files(folder))
+    if found != artifact.weight_bytes:
+        again = f"run notebook {made_by} again" if made_by else "make it again"
+        raise ValueError(
+            f"Model {artifact.name!r} is damaged: its weights are {found:,} bytes, {artifact.weight_bytes:,} expected. "
+            f"Delete the folder and {again}."
+        )
+    return artifact

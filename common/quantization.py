@@ -1,0 +1,254 @@
+"""Weight-only quantization: round-to-nearest (RTN) and GPTQ on one shared integer grid.
+
+A weight matrix [out_features, in_features] is cut into groups of `group_size` consecutive inputs; each group of
+each row has its own scale and zero point, and a weight is stored as an integer code in [0, 2**bits - 1]:
+
+    weight ≈ scale · (code - zero)
+
+RTN and GPTQ use the same grid. They differ in one thing only: GPTQ lets the columns that are still to be
+quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.)
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import Stage, iter_linears, walk
+
+BLOCK_COLUMNS = 128  # columns per lazy update; changes speed, not the result
+SHRINK_STEPS = torch.linspace(1.0, 0.5, 26).tolist()  # clipping candidates, as fractions of the full range
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How to quantize; names as in GPTQModel and transformers.GPTQConfig."""
+
+    bits: int = 4
+    group_size: int = 64  # inputs that share a scale and a zero point
+    sym: bool = False  # symmetric: the zero point is fixed in the middle of the grid
+    desc_act: bool = True  # act-order: columns with the largest activations first (groups stay where they are)
+    mse: bool = True  # search each group's clipping range; False keeps the extreme values
+    damp_percent: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+
+    def __post_init__(self):
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}.")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be a positive number of inputs, got {self.group_size}.")
+        if not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent must lie between 0 and 1, got {self.damp_percent}.")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def label(self, method: str) -> str:
+        """A short name for tables and folders, such as `gptq-w4-g64-asym-mse-act`."""
+        parts = [method, f"w{self.bits}", f"g{self.group_size}", "sym" if self.sym else "asym"]
+        parts += ["mse"] * self.mse + ["act"] * (self.desc_act and method == "gptq")
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of every group: both [out_features, groups], float32 with integer zeros."""
+
+    scale: Tensor
+    zero: Tensor
+    max_code: int
+
+    def encode(self, weight: Tensor, group) -> Tensor:
+        """Nearest codes for `weight`; `group` selects the group of each of its columns."""
+        codes = weight / self.scale[:, group] + self.zero[:, group]
+        return codes.round_().clamp_(0, self.max_code)
+
+    def decode(self, codes: Tensor, group) -> Tensor:
+        return (codes - self.zero[:, group]) * self.scale[:, group]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized matrix: codes uint8 [out, in], scale float16 [out, groups], zero uint8 [out, groups]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    config: QuantizeConfig
+
+    def dequantize(self) -> Tensor:
+        """The float32 matrix [out, in] that the codes stand for."""
+        per_column = (self.scale.float(), self.zero.float())
+        scale, zero = (t.repeat_interleave(self.config.group_size, dim=1) for t in per_column)
+        return (self.codes.float() - zero) * scale
+
+
+class Hessian:
+    """H = 2·XᵀX / n of a layer's inputs X [n, in_features]: the curvature of its squared output error, float32.
+
+    Also keeps the mean absolute activation per input channel, which AWQ wants.
+    """
+
+    PANEL = 384  # H is symmetric: only panels on and above the diagonal are computed
+
+    def __init__(self, in_features: int, like: Tensor):
+        self.upper = torch.zeros(in_features, in_features, device=like.device)
+        self.absolute = torch.zeros(in_features, device=like.device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        self.tokens += len(inputs)
+        for chunk in inputs.split(4096):  # small enough to stay in a CPU's cache
+            chunk = chunk.float()
+            self.absolute += chunk.abs().sum(0)
+            for start in range(0, chunk.shape[1], self.PANEL):
+                stop = min(start + self.PANEL, chunk.shape[1])
+                self.upper[:stop, start:stop].addmm_(chunk[:, :stop].T, chunk[:, start:stop])
+
+    @property
+    def matrix(self) -> Tensor:
+        """H [in_features, in_features]."""
+        return (self.upper.triu() + self.upper.triu(1).T) * (2 / self.tokens)
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        """mean |x| per input channel [in_features]."""
+        return self.absolute / self.tokens
+
+
+def _groups(in_features: int, group_size: int) -> int:
+    if in_features % group_size:
+        raise ValueError(
+            f"group_size {group_size} does not divide the {in_features} inputs of a layer; "
+            f"choose a divisor such as {next(g for g in (128, 64, 32, 16, 8, 4, 2, 1) if in_features % g == 0)}."
+        )
+    return in_features // group_size
+
+
+def find_grid(weight: Tensor, config: QuantizeConfig, importance: Tensor | None = None) -> Grid:
+    """The integer grid of every group of `weight` [out, in].
+
+    With `config.mse` the range of each group is shrunk as long as that lowers its squared error, each input
+    weighted by `importance` [in] if given (the Hessian's diagonal: what the error costs at the output).
+    """
+    out_features, in_features = weight.shape
+    groups = _groups(in_features, config.group_size)
+    w = weight.float().view(out_features, groups, config.group_size)
+    max_code = 2**config.bits - 1
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    if config.sym:
+        scale = 2 * torch.maximum(-low, high) / max_code
+        zero = torch.full_like(scale, (max_code + 1) // 2)
+    else:
+        # The GPTQ v1 format stores zero - 1, so a zero point of 0 cannot be written: leave room for one code below.
+        low = torch.minimum(low, -high / (max_code - 1))
+        scale = (high - low) / max_code
+        zero = (-low / scale.clamp(min=1e-12)).round().clamp(1, max_code)
+    scale = scale.clamp(min=1e-7)  # a group of zeros; 1e-7 is a float16 number
+    if config.mse:
+        cost = torch.ones_like(w[:1]) if importance is None else importance.float().view(1, groups, -1)
+        scale = _clipped_scale(w, scale, zero, max_code, cost)
+    return Grid(scale.squeeze(-1).half().float(), zero.squeeze(-1), max_code)
+
+
+def _clipped_scale(w: Tensor, scale: Tensor, zero: Tensor, max_code: int, cost: Tensor) -> Tensor:
+    """The multiple of `scale` with the lowest weighted squared error, chosen for each group."""
+    best_error, best_scale = torch.full_like(scale, torch.inf), scale
+    for shrink in SHRINK_STEPS:
+        candidate = scale * shrink
+        error = (w / candidate).add_(zero).round_().clamp_(0, max_code).sub_(zero).mul_(candidate).sub_(w)
+        error = error.square_().mul_(cost).sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, candidate, best_scale)
+    return best_scale
+
+
+def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
+    return QuantizedWeight(codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), config)
+
+
+def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Round every weight [out, in] to the nearest point of its group's grid. Needs no data."""
+    grid = find_grid(weight, config)
+    group = torch.arange(weight.shape[1], device=weight.device) // config.group_size
+    return _pack(grid.encode(weight.float(), group), grid, config)
+
+
+def inverse_cholesky(hessian: Tensor, damp_percent: float) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse Hessian, H⁻¹ = UᵀU.
+
+    Row i of U is what eliminating columns 0…i-1 leaves of row i of H⁻¹, divided by the root of its diagonal entry:
+    all the inverses that GPTQ's column loop would need, from one factorization (GPTQ paper, section 3.3).
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damp_percent * damped.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Quantize `weight` [out, in] column by column, each column's error compensated by the columns after it.
+
+    hessian: [in, in], of the layer's inputs (`Hessian.matrix`). Rows do not influence each other, so layers that
+    read the same input may be stacked into one call.
+    """
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True) if config.desc_act else torch.arange(len(diagonal))
+    order = order.to(weight.device)
+    grid = find_grid(weight, config, importance=diagonal)
+    u = inverse_cholesky(hessian[order][:, order], config.damp_percent)
+    group_of = (order // config.group_size).tolist()
+
+    columns = weight.float().T[order]  # [in, out]: a column of the matrix is a contiguous row here
+    codes = torch.empty_like(columns)
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, len(columns))
+        errors = torch.empty_like(columns[start:stop])
+        for i in range(start, stop):
+            g = slice(group_of[i], group_of[i] + 1)
+            codes[i] = grid.encode(columns[i, :, None], g)[:, 0]
+            rounded = grid.decode(codes[i, :, None], g)[:, 0]
+            errors[i - start] = (columns[i] - rounded) / u[i, i]
+            columns[i + 1 : stop].addr_(u[i, i + 1 : stop], errors[i - start], alpha=-1)
+        columns[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+    return _pack(codes[torch.argsort(order)].T.contiguous(), grid, config)
+
+
+def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """Relative squared error ‖(W - Ŵ)X‖² / ‖WX‖² that an approximation makes at the layer's output."""
+    difference, weight = weight.float() - approximation.float(), weight.float()
+    return (((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()).item()
+
+
+@torch.no_grad()
+def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
+    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
+    quantized = {}
+    for name, linear in iter_linears(model):
+        quantized[name] = rtn(linear.weight, config)
+        linear.weight.copy_(quantized[name].dequantize())
+    return quantized
+
+
+def gptq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_options) -> dict[str, QuantizedWeight]:
+    """GPTQ for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
+
+    windows: calibration tokens [nsamples, seqlen]. `walk_options` go to `common.blocks.walk`.
+    """
+    for _, linear in iter_linears(model):
+        _groups(linear.in_features, config.group_size)  # before minutes of work, not after
+    names = {linear: name for name, linear in iter_linears(model)}
+    quantized = {}
+
+    def change(stage: Stage, statistic: Hessian) -> None:
+        linears = list(stage.linears.values())
+        stacked = torch.cat([linear.weight for linear in linears])
+        result = gptq(stacked, statistic.matrix, config)
+        start = 0
+        for linear in linears:
+            rows = slice(start, start := start + linear.out_features)
+            part = QuantizedWeight(result.codes[rows], result.scale[rows], result.zero[rows], config)
+            linear.weight.copy_(part.dequantize())
+            quantized[names[linear]] = part
+
+    walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
+    return quantized

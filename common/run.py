@@ -1,0 +1,144 @@
+"""Run the course's notebooks in order and sum up what they measured.
+
+    python -m common.run                          all notebooks, profile by hardware, embedded model
+    python -m common.run --lab 3.1 --notebook 02  one of them
+    python -m common.run --record                 make the executed notebooks and their figures the committed ones
+
+Executed copies are kept in `.work/runs/<profile>/`.
+"""
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from common import provenance, results
+from common.environment import device_name
+from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
+
+CHAPTER = ROOT / "03-Model_Compression"
+LAB_OF_FOLDER = {"Lab-3.1-Quantization": "quantization"}
+
+
+def find_notebooks(lab: str = "", notebook: str = "") -> list[Path]:
+    """The chapter's notebooks in order; `lab` ("3.1") and `notebook` ("02") narrow them down."""
+    found = sorted(CHAPTER.glob(f"Lab-{lab}*/{notebook}*.ipynb"))
+    if not found:
+        known = ", ".join(f"{path.parent.name}/{path.stem}" for path in sorted(CHAPTER.glob("Lab-*/*.ipynb")))
+        raise FileNotFoundError(f"No notebook matches --lab {lab!r} --notebook {notebook!r}. There are: {known}.")
+    return found
+
+
+def title(notebook: Path) -> str:
+    return f"{notebook.parent.name}/{notebook.stem}"
+
+
+def execute(notebook: Path, target: Path, parameters: dict) -> None:
+    """Run one notebook in its own kernel, from its own folder; the executed copy is written as it goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        notebook,
+        target,
+        parameters=parameters,
+        cwd=notebook.parent,
+        kernel_name="python3",
+        progress_bar=sys.stderr.isatty() or "CI" not in os.environ,
+    )
+
+
+def explain(error: PapermillExecutionError, notebook: Path, target: Path) -> str:
+    """A failing cell as a reader wants it: which cell, its code, the error, where to look, how to try again."""
+    lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
+    code = "\n".join(f"    {line}" for line in error.source.splitlines())
+    return (
+        f"\n❌ {title(notebook)}, cell [{error.exec_count}] failed:\n\n{code}\n\n"
+        f"    {error.ename}: {error.evalue}\n\n"
+        f"   Whole traceback: {shown(target)}\n"
+        f"   Try again:       python -m common.run --lab {lab} --notebook {number}"
+    )
+
+
+def shown(path: Path) -> str:
+    """A path as seen from the repository."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def summary(done: list[tuple[Path, float]], records: list[dict]) -> str:
+    """A line per notebook: time, peak memory, and the figures it marked as headlines."""
+    lines = [f"{'notebook':36} {'time':>8} {'memory':>9}  key results"]
+    for notebook, seconds in done:
+        mine = [r for r in records if r["notebook"] == notebook.stem]
+        memory = next((r["value"] for r in mine if r["key"] == "notebook-memory"), None)
+        headlines = [f"{r['artifact']} {r['key']} {r['value']:.4g} {r['unit']}" for r in mine if r["headline"]]
+        shown_memory = f"{memory:.1f} GiB" if memory else "-"
+        lines.append(f"{title(notebook):36} {seconds:6.0f} s {shown_memory:>9}  {' · '.join(headlines)}")
+    return "\n".join(lines)
+
+
+def record(notebook: Path, target: Path, lab: str, profile: str, device: str, source: Path) -> None:
+    """Put an executed notebook, stamped with its provenance, and its figures in place of the committed ones."""
+    executed = nbformat.read(target, as_version=4)
+    executed.metadata.pop("papermill", None)
+    for cell in executed.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+    provenance.stamp(executed, lab, profile, device, datetime.date.today().isoformat())
+    results.promote(notebook.stem, source)
+    aside = notebook.with_suffix(".new")
+    nbformat.write(executed, aside)
+    aside.replace(notebook)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the course's notebooks in order.")
+    parser.add_argument("--lab", default="", help="only this lab, such as 3.1")
+    parser.add_argument("--notebook", default="", help="only notebooks whose name begins so, such as 02")
+    parser.add_argument("--profile", default="auto", choices=("auto", *PROFILES))
+    parser.add_argument("--model", default="embedded", help="embedded, a Hub id, or a folder")
+    parser.add_argument("--gpu-memory", type=float, metavar="GiB", help="cap the GPU allocator")
+    parser.add_argument(
+        "--record", action="store_true", help="commit outputs and figures (profile auto, embedded model)"
+    )
+    options = parser.parse_args(arguments)
+    profile = resolve_profile(options.profile)
+    if options.record and (profile == "smoke" or options.model != "embedded"):
+        parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
+    if options.gpu_memory:
+        os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
+    # Values that are the defaults already are not injected, so that a recorded notebook has no extra cell.
+    parameters = {"PROFILE": options.profile} if options.profile != "auto" else {}
+    parameters |= {"MODEL": options.model} if options.model != "embedded" else {}
+
+    notebooks = find_notebooks(options.lab, options.notebook)
+    runs = work_folder() / "runs" / profile
+    done, records = [], []
+    for number, notebook in enumerate(notebooks, start=1):
+        target = runs / notebook.parent.name / notebook.name
+        lab = LAB_OF_FOLDER[notebook.parent.name]
+        device = device_name(load_settings(lab, profile, options.model))
+        source = work_folder() / "results" / slug(device) / profile / f"{lab}.json"
+        print(f"[{number}/{len(notebooks)}] {title(notebook)}", flush=True)
+        start = time.perf_counter()
+        try:
+            execute(notebook, target, parameters)
+        except PapermillExecutionError as error:
+            print(explain(error, notebook, target))
+            return 1
+        done.append((notebook, time.perf_counter() - start))
+        records += [r for r in results.read(source) if r["lab"] == lab and r not in records]
+        if options.record:
+            record(notebook, target, lab, profile, device, source)
+    print(f"\n{summary(done, records)}\n")
+    print(f"Executed notebooks: {shown(runs)}/\nFigures:            {shown(work_folder() / 'results')}/")
+    print("Next: open them with `make notebook`, or read README.md for what the figures mean.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

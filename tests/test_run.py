@@ -1,0 +1,84 @@
+"""The runner: which notebooks, what a failing cell shows, what is recorded."""
+
+import nbformat
+import pytest
+
+from common import provenance, run
+
+
+@pytest.fixture
+def chapter(tmp_path, monkeypatch):
+    """A chapter with one lab and one notebook, whose code each test writes."""
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    monkeypatch.setattr(run, "CHAPTER", tmp_path / "chapter")
+    monkeypatch.setattr(run.results, "COMMITTED", tmp_path / "results")
+
+    def write(*sources):
+        file = tmp_path / "chapter" / "Lab-3.1-Quantization" / "01-Setup.ipynb"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parameters = nbformat.v4.new_code_cell('PROFILE = "auto"\nMODEL = "embedded"')
+        parameters.metadata["tags"] = ["parameters"]
+        language = {"language_info": {"name": "python"}}
+        book = nbformat.v4.new_notebook([parameters, *map(nbformat.v4.new_code_cell, sources)], metadata=language)
+        nbformat.write(book, file)
+        return file
+
+    return write
+
+
+GOOD = """
+from common.settings import load_settings
+from common.results import Recorder
+settings = load_settings("quantization", PROFILE, MODEL)
+recorder = Recorder(settings, "01-Setup")
+recorder.record("answer", 42.0, "units", artifact="test", protocol={}, headline=True)
+recorder.finish()
+"""
+
+
+def test_summary_shows_time_memory_and_headlines(chapter, capsys):
+    chapter(GOOD)
+    assert run.main(["--profile", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "[1/1] Lab-3.1-Quantization/01-Setup" in out
+    assert "test answer 42 units" in out
+    assert "GiB" in out
+    assert "Executed notebooks:" in out
+
+
+def test_parameters_reach_the_notebook(chapter, capsys):
+    chapter('assert (PROFILE, MODEL) == ("smoke", "some/model")')
+    assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0
+
+
+def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsys):
+    chapter("wanted = 3\nraise ValueError('group_size 7 does not divide 576')")
+    assert run.main(["--profile", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "01-Setup, cell [" in out
+    assert "wanted = 3" in out
+    assert "ValueError: group_size 7 does not divide 576" in out
+    assert "python -m common.run --lab 3.1 --notebook 01" in out
+
+
+def test_no_such_notebook_lists_those_there_are(chapter):
+    chapter("pass")
+    with pytest.raises(FileNotFoundError, match="Lab-3.1-Quantization/01-Setup"):
+        run.main(["--lab", "9.9"])
+
+
+def test_record_keeps_outputs_figures_and_provenance(chapter, tmp_path):
+    file = chapter(GOOD + "print('hello')")
+    assert run.main(["--record"]) == 0
+    book = nbformat.read(file, as_version=4)
+    assert provenance.stale(book) == ""
+    assert [cell.execution_count for cell in book.cells] == [1, 2]
+    assert "hello" in book.cells[1].outputs[-1].text
+    assert list((tmp_path / "results").glob("*/quantization.json"))
+
+
+def test_smoke_figures_are_never_recorded(chapter, capsys):
+    chapter(GOOD)
+    with pytest.raises(SystemExit):
+        run.main(["--record", "--profile", "smoke"])
+    assert "no smoke profile" in capsys.readouterr().err

@@ -17,8 +17,8 @@ setup: .venv/.ready
 
 # The mark is written last: a set-up that was interrupted begins again, one that finished is not repeated.
 .venv/.ready: $(REQUIREMENTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; found $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Setting up .venv (once, a few minutes) ..."
 	@$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt -r requirements-dev.txt
@@ -31,7 +31,7 @@ labs: setup
 
 record: setup
 	$(BIN)/python -m common.run --record $(LAB_OPTIONS)
-	$(BIN)/python -m common.results render
+	$(BIN)/python -m common.tables render
 
 test: setup lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -41,10 +41,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 notebook: setup
-	$(BIN)/jupyter lab 03-Model_Compression
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/03-Model_Compression
 
 tables: setup
-	$(BIN)/python -m common.results render
+	$(BIN)/python -m common.tables render
 
 clean:
 	rm -rf .work .pytest_cache .ruff_cache .hypothesis

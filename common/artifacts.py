@@ -47,9 +47,13 @@ def _aside(folder: Path, suffix: str) -> Path:
 
 
 def _recover(folder: Path) -> None:
-    """Undo a save that was interrupted between its two renames."""
+    """Undo a save that was interrupted between its two renames, or finish one that was interrupted after them."""
     old = _aside(folder, "old")
-    if old.exists() and not folder.exists():
+    if not old.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(old)
+    else:
         old.rename(folder)
 
 

@@ -7,7 +7,6 @@ shape:llama-2-7b      random weights of a published shape: for speed and memory 
 """
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -110,7 +109,9 @@ def _check_hub(repo: str) -> None:
 
 
 def load_tokenizer(spec: str):
-    """The tokenizer of a spec, with a padding token. Shapes have none."""
+    """The tokenizer of a spec, with a padding token."""
+    if spec.startswith("shape:"):
+        raise ValueError(f"{spec} has random weights and no tokenizer: it serves to measure speed and memory only.")
     tokenizer = AutoTokenizer.from_pretrained(locate(spec))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -123,8 +124,9 @@ def load_model(spec: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     if spec.startswith("shape:"):
         return _random_model(spec.removeprefix("shape:"), dtype, device)
     source = locate(spec)
-    size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) if os.path.isdir(source) else 0
-    require_memory(size, f"Model {spec!r}", device)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).parameters())
+    require_memory(size * dtype.itemsize, f"Model {spec!r}", device)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     except SafetensorError as error:

@@ -5,6 +5,9 @@ not counted. On a GPU, one decoded token of a small model takes less time than P
 so decoding is replayed from a CUDA graph; otherwise one would measure Python.
 """
 
+import ctypes
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -111,6 +114,15 @@ def prefill(model: nn.Module, batch: int, context: int) -> Callable[[], torch.Te
     return run
 
 
+def release_memory() -> None:
+    """Give memory of deleted models back to the system, so that the next model is measured from a clean start."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed pages otherwise
+
+
 @dataclass
 class PeakMemory:
     """Bytes: on a GPU the peak of PyTorch's allocator, on a CPU the growth of the process's resident memory."""
@@ -128,6 +140,7 @@ def peak_memory(device: torch.device):
         torch.cuda.synchronize(device)
         peak.bytes = torch.cuda.max_memory_allocated(device)
         return
+    release_memory()
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 

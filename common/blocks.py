@@ -44,7 +44,7 @@ class _Halt(Exception):
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a Hugging Face causal LM (Llama, Mistral, Qwen, OPT, GPT-2, ...), in order."""
+    """The decoder blocks of a Hugging Face causal LM (Llama, Mistral, Qwen, Gemma, OPT, ...), in order."""
     layers = model.config.get_text_config().num_hidden_layers
     candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not candidates:
@@ -62,13 +62,16 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass
 class _Batch:
-    """What a block is called with: hidden states [batch, seqlen, hidden] and the block's keyword arguments."""
+    """What blocks are called with: hidden states [batch, seqlen, hidden], and keyword arguments for each block.
+
+    The latter differ where attention does: some models (Qwen2, Gemma) have a sliding window in some blocks only.
+    """
 
     hidden: Tensor
-    kwargs: dict
+    kwargs: list[dict]
 
-    def through(self, block: nn.Module, device: torch.device) -> Tensor:
-        out = block(self.hidden.to(device), **self.kwargs)
+    def through(self, index: int, block: nn.Module, device: torch.device) -> Tensor:
+        out = block(self.hidden.to(device), **self.kwargs[index])
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -81,31 +84,47 @@ def _hooks(*handles):
             handle.remove()
 
 
-def _to(value, device):
-    """Move the tensors inside a keyword argument (a tensor, or a tuple of them) to `device`."""
+def _to(value, device, moved: dict):
+    """Move the tensors inside a keyword argument (a tensor, or a tuple of them) to `device`, each only once."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in moved:
+            moved[id(value)] = value, value.to(device)  # the first keeps the id taken
+        return moved[id(value)][1]
     if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
+        return tuple(_to(item, device, moved) for item in value)
     return value
 
 
 def _capture(model, blocks, windows: Tensor, batch_size: int, device, store) -> list[_Batch]:
-    """Run the part before the first block (embedding, positions, mask) and keep what reaches that block."""
+    """Run the part around the blocks (embedding, positions, masks) and keep what reaches them; they compute nothing."""
     captured: list[_Batch] = []
 
-    def keep(_, args, kwargs):
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        captured.append(_Batch(hidden.to(store), {name: _to(value, device) for name, value in kwargs.items()}))
-        raise _Halt
+    def stand_in(index):
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                moved.clear()
+                captured.append(_Batch(hidden.to(store), []))
+            captured[-1].kwargs.append({name: _to(value, device, moved) for name, value in kwargs.items()})
+            if index == len(blocks) - 1:
+                raise _Halt
+            return hidden
 
+        return forward
+
+    moved: dict = {}
     home = model.get_input_embeddings().weight.device
-    with _hooks(blocks[0].register_forward_pre_hook(keep, with_kwargs=True)):
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)
         for ids in windows.split(batch_size):
             try:
                 model(input_ids=ids.to(home), use_cache=False)
             except _Halt:
                 continue
+    finally:
+        for block in blocks:
+            del block.forward
     return captured
 
 
@@ -122,17 +141,8 @@ def _stages(index: int, block: nn.Module, batch: _Batch, device) -> list[Stage]:
         return linear.register_forward_pre_hook(hook)
 
     with _hooks(*(watch(name, linear) for name, linear in block_linears(block).items())):
-        one = {name: _first_row(value, len(batch.hidden)) for name, value in batch.kwargs.items()}
-        _Batch(batch.hidden[:1], one).through(block, device)
+        batch.through(index, block, device)
     return [Stage(index, linears) for _, linears in groups]
-
-
-def _first_row(value, batch_size: int):
-    if isinstance(value, tuple):
-        return tuple(_first_row(item, batch_size) for item in value)
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch_size:
-        return value[:1]
-    return value
 
 
 def _flow(block: nn.Module, stages: list[Stage], batches: list[_Batch], observe: Observe, change: Change, device):
@@ -167,7 +177,7 @@ def _flow(block: nn.Module, stages: list[Stage], batches: list[_Batch], observe:
             for number, batch in enumerate(batches, start=1):
                 last = number == len(batches)
                 try:
-                    outputs.append(batch.through(block, device).to(batch.hidden.device))
+                    outputs.append(batch.through(stages[0].block_index, block, device).to(batch.hidden.device))
                 except _Halt:
                     continue
             if len(outputs) == len(batches):
@@ -196,14 +206,16 @@ def walk(
     """
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
+    model.eval()
     blocks = decoder_blocks(model)
     home = next(blocks[0].parameters()).device
     device = torch.device(device or home)
     store = torch.device(store or device)
     batches = _capture(model, blocks, windows, batch_size or len(windows), device, store)
+    one = _capture(model, blocks, windows[:1], 1, device, store)[0]
     for index, block in enumerate(tqdm(blocks, desc=description, unit="block")):
         block.to(device)
-        stages = _stages(index, block, batches[0], device)
+        stages = _stages(index, block, one, device)
         for batch, hidden in zip(batches, _flow(block, stages, batches, observe, change, device), strict=True):
             batch.hidden = hidden
         block.to(home)

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from logbar import LogBar
@@ -20,7 +22,7 @@ from common.settings import Settings, load_settings, seed_everything
 
 GIB = 2**30
 PACKAGES = ("torch", "transformers", "gptqmodel", "optimum", "accelerate", "datasets", "bitsandbytes", "torchao")
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "optimum", "datasets")
+NOISY_LOGGERS = ("tokenicer", "torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "optimum", "datasets")
 _started = time.perf_counter()
 _gpu_peak_before_reset = 0
 
@@ -48,13 +50,14 @@ def _quiet() -> None:
     LogBar.shared().setLevel("ERROR")  # GPTQModel's
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the backend we ask for is used
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def cap_gpu_memory() -> None:
     """Limit PyTorch's allocator to COURSE_GPU_MEMORY gibibytes, to prove on a large card what a small one can do."""
-    limit = float(os.environ.get("COURSE_GPU_MEMORY", 0))
+    limit = float(os.environ.get("COURSE_GPU_MEMORY") or 0)
     if limit and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
@@ -70,10 +73,11 @@ def cpu_name() -> str:
 
 
 def device_name(settings: Settings) -> str:
-    """The device that computes, as results are filed under: `NVIDIA H100 80GB HBM3`, or `CPU 2 cores`."""
+    """The device that computes, as results are filed under: `NVIDIA H100 80GB HBM3`, or `AMD EPYC CPU, 2 cores`."""
     if settings.device.type == "cuda":
         return torch.cuda.get_device_name(0)
-    return f"CPU {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cpu_name()} CPU, {cores} cores"
 
 
 def versions() -> dict[str, str]:
@@ -96,17 +100,21 @@ class Check:
     good: bool
     found: str
     advice: str = ""
+    required: bool = True  # without it the notebooks cannot run; otherwise they run, but worse
 
     def __str__(self) -> str:
-        line = f"{'✅' if self.good else '❌'} {self.name:14} {self.found}"
+        mark = "✅" if self.good else "❌" if self.required else "⚠️"
+        line = f"{mark} {self.name:14} {self.found}"
         return line if self.good or not self.advice else f"{line}\n   → {self.advice}"
 
 
 def report(settings: Settings) -> list[Check]:
     """Check Python, hardware and packages; print one line each with advice where something is missing."""
     checks = [
-        Check("Python", sys.version_info >= (3, 11), platform.python_version(), "Python 3.11 or newer is needed."),
-        Check("CPU", True, f"{cpu_name()}, {os.cpu_count()} logical cores, {memory_total() / GIB:.0f} GiB"),
+        Check("Python", (3, 11) <= sys.version_info < (3, 14), platform.python_version(), "3.11 to 3.13 are needed."),
+        Check(
+            "CPU", True, f"{cpu_name()}, {os.cpu_count()} logical cores, {psutil.virtual_memory().total / GIB:.0f} GiB"
+        ),
         *_gpu_checks(settings),
     ]
     install = "Run `make setup` (or pip install -r requirements.txt), then restart the kernel."
@@ -120,15 +128,17 @@ def _gpu_checks(settings: Settings) -> list[Check]:
         without = f"none; profile {settings.profile} computes on the CPU"
         driver = driver_version()
         advice = f"Driver {driver} is there but PyTorch {torch.__version__} sees no GPU: install its CUDA build."
-        return [Check("GPU", not driver, without, advice)]
+        return [Check("GPU", not driver, without, advice, required=False)]
     properties = torch.cuda.get_device_properties(0)
     memory = properties.total_memory / GIB
     capability = f"{properties.major}.{properties.minor}"
     return [
         Check("GPU", True, f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"),
-        Check("GPU memory", memory > 15, f"{memory:.1f} GiB", "16 GB is what the gpu profile is made for."),
+        Check(
+            "GPU memory", memory > 14, f"{memory:.1f} GiB", "16 GB is what the gpu profile is made for.", required=False
+        ),
         Check("CUDA", True, f"driver {driver_version()}, PyTorch built for CUDA {torch.version.cuda}"),
-        Check("bfloat16", properties.major >= 8, capability, "Before Ampere (8.0), bfloat16 is emulated and slow."),
+        Check("bfloat16", properties.major >= 8, capability, "Before Ampere (8.0), bfloat16 is slow.", required=False),
     ]
 
 
@@ -141,21 +151,10 @@ def driver_version() -> str:
         return ""
 
 
-def memory_total() -> int:
-    """Bytes of main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def require_memory(needed: int, what: str, device: torch.device) -> None:
     """Raise MemoryError when `device` has less than `needed` bytes free, saying how much is needed and what to do."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        meminfo = Path("/proc/meminfo")
-        if meminfo.exists():  # counts caches that the system gives back when asked
-            fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-            free = int(fields["MemAvailable"].split()[0]) * 1024
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if free < needed:
         raise MemoryError(
             f"{what} needs about {needed / GIB:.1f} GiB on the {device.type} and {free / GIB:.1f} GiB are free. "
@@ -181,8 +180,6 @@ class Usage:
 
 def usage() -> Usage:
     """Wall-clock seconds and peak memory of this kernel since `prepare`."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     gpu = max(_gpu_peak_before_reset, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0

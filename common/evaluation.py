@@ -25,10 +25,10 @@ class Quality:
 
 @dataclass
 class Baseline:
-    """The original model's logits on the first `windows` test windows, kept on the CPU in bfloat16.
+    """The original model's logits on the first `windows` test windows, kept on the CPU as they came.
 
     They let a compressed model be compared with the original without both being in memory at once;
-    the price is windows · (seqlen - 1) · vocabulary · 2 bytes.
+    the price is windows · (seqlen - 1) · vocabulary · 2 bytes in bfloat16.
     """
 
     windows: int
@@ -52,7 +52,7 @@ def evaluate(
         log_probs = F.log_softmax(logits.float(), dim=-1)
         losses.append(F.nll_loss(log_probs, ids[1:]).item())
         if keep is not None and number < keep.windows:
-            keep.logits.append(logits.to("cpu", torch.bfloat16))
+            keep.logits.append(logits.cpu())
         if against is not None and number < len(against.logits):
             original = F.log_softmax(against.logits[number].to(ids.device).float(), dim=-1)
             divergences.append(F.kl_div(log_probs, original, log_target=True, reduction="sum").item() / len(logits))

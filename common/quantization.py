@@ -9,6 +9,7 @@ RTN and GPTQ use the same grid. They differ in one thing only: GPTQ lets the col
 quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.)
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -167,6 +168,18 @@ def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), config)
 
 
+@contextmanager
+def _one_thread():
+    """On a CPU, work on one column at a time is too small to share: threads would mostly wait for one another,
+    and on a busy machine they wait a hundred times longer than the work takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     """Round every weight [out, in] to the nearest point of its group's grid. Needs no data."""
     grid = find_grid(weight, config)
@@ -185,6 +198,7 @@ def inverse_cholesky(hessian: Tensor, damp_percent: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
+@_one_thread()
 def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     """Quantize `weight` [out, in] column by column, each column's error compensated by the columns after it.
 
@@ -222,6 +236,8 @@ def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> floa
 @torch.no_grad()
 def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
     """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
+    for _, linear in iter_linears(model):
+        _groups(linear.in_features, config.group_size)  # before the first layer is changed
     quantized = {}
     for name, linear in iter_linears(model):
         quantized[name] = rtn(linear.weight, config)

@@ -1,26 +1,16 @@
-"""Measured figures: recorded by notebooks, committed per device, rendered into tables.
+"""Measured figures, as notebooks record them.
 
 A record says what was measured (`key`, `artifact`), under which `protocol`, where, when and with which versions.
-A table shows only records of one protocol per column; it refuses to mix them.
-
-    python -m common.results render [--check]     fill the <!-- results:TABLE --> regions of all documents
+`common.tables` makes them the committed ones and renders tables from them.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
-import re
-import sys
-import tomllib
 from pathlib import Path
 
 from common.environment import GIB, device_name, usage, versions
-from common.settings import ROOT, Settings, slug, work_folder
-
-COMMITTED = ROOT / "results"
-TABLES = COMMITTED / "tables.toml"
-REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+from common.settings import Settings, slug, work_folder
 
 
 def protocol_hash(protocol: dict) -> str:
@@ -29,12 +19,15 @@ def protocol_hash(protocol: dict) -> str:
 
 
 class Recorder:
-    """Collects a notebook's figures and writes them at once to `.work/results/<device>/<lab>.json`."""
+    """Writes a notebook's figures as they come to `.work/results/<device>/<profile>/<lab>.json`."""
 
     def __init__(self, settings: Settings, notebook: str):
         self.settings, self.notebook = settings, notebook
         self.device = device_name(settings)
         self.file = work_folder() / "results" / slug(self.device) / settings.profile / f"{settings.lab}.json"
+        # A run begins without the figures of the run before it, some of which it may no longer measure.
+        mine = (notebook, settings.model)
+        write([r for r in read(self.file) if (r["notebook"], r["model"]) != mine], self.file)
 
     def record(
         self,
@@ -115,7 +108,7 @@ class Recorder:
         )
 
 
-def _identity(record: dict) -> tuple:
+def identity(record: dict) -> tuple:
     names = ("lab", "notebook", "key", "artifact", "model", "profile", "device")
     return (*(record[name] for name in names), protocol_hash(record["protocol"]))
 
@@ -126,115 +119,15 @@ def read(file: Path) -> list[dict]:
 
 
 def merge(records: list[dict], file: Path) -> None:
-    """Add records to a file, each replacing the one of the same identity; written aside, then renamed."""
-    merged = {_identity(record): record for record in read(file)} | {_identity(record): record for record in records}
+    """Add records to a file, each replacing the one of the same identity."""
+    write([*read(file), *records], file)
+
+
+def write(records: list[dict], file: Path) -> None:
+    """Make `records` the content of a file; of equal identities the last one stays."""
+    merged = {identity(record): record for record in records}
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".new")
-    content = json.dumps(sorted(merged.values(), key=_identity), indent=1, ensure_ascii=False)
+    aside = file.with_suffix(".new")  # written aside, then renamed: an interruption loses nothing
+    content = json.dumps(sorted(merged.values(), key=identity), indent=1, ensure_ascii=False)
     aside.write_text(content + "\n", encoding="utf-8")
     aside.replace(file)
-
-
-def promote(notebook: str, source: Path) -> None:
-    """Make a run's records of one notebook the committed ones, in place of all it had on that device and profile."""
-    fresh = [record for record in read(source) if record["notebook"] == notebook]
-    if not fresh:
-        raise ValueError(f"{source.name} holds no record of notebook {notebook}.")
-    target = COMMITTED / slug(fresh[0]["device"]) / source.name
-    kept = [r for r in read(target) if (r["notebook"], r["profile"]) != (notebook, fresh[0]["profile"])]
-    target.unlink(missing_ok=True)
-    merge(kept + fresh, target)
-
-
-def committed() -> list[dict]:
-    """All committed records."""
-    return [record for file in sorted(COMMITTED.glob("*/*.json")) for record in read(file)]
-
-
-def _select(records: list[dict], spec: dict) -> list[dict]:
-    """The records that a table is about: its lab and notebook, its columns' keys, its rows' artifacts."""
-    return [
-        r
-        for r in records
-        if r["lab"] == spec["lab"]
-        and r["notebook"] == spec.get("notebook", r["notebook"])
-        and r["key"] in spec["columns"]
-        and r["artifact"] in spec["rows"]
-    ]
-
-
-def _format(record: dict, pattern: str) -> str:
-    return pattern.format(record["value"], spread=record["spread"] or 0.0)
-
-
-def render_table(spec: dict, records: list[dict]) -> str:
-    """A Markdown table: a row per artifact, a column per key and device. Missing figures are shown as a dash.
-
-    Raises ValueError where two records with different protocols, or models, would stand in one column.
-    """
-    chosen = _select(records, spec)
-    if not chosen:
-        return "（尚無紀錄：執行 `make record` 後產生。）\n"
-    columns = [
-        (key, device) for key in spec["columns"] for device in sorted({r["device"] for r in chosen if r["key"] == key})
-    ]
-    cells = {}
-    for key, device in columns:
-        column = [r for r in chosen if r["key"] == key and r["device"] == device]
-        if len({(protocol_hash(r["protocol"]), r["model"], r["profile"]) for r in column}) > 1:
-            raise ValueError(f"Table {spec['title']!r}: column {key} on {device} mixes protocols.")
-        for record in column:
-            cells[record["artifact"], key, device] = _format(record, spec["columns"][key]["format"])
-    head = [spec["head"], *(f"{spec['columns'][key]['title']}（{device}）" for key, device in columns)]
-    lines = [head, ["---"] + ["---:"] * len(columns)]
-    for artifact, label in spec["rows"].items():
-        row = [cells.get((artifact, key, device), "—") for key, device in columns]
-        if set(row) != {"—"}:
-            lines.append([label, *row])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n*{_caption(spec, chosen)}*\n"
-
-
-def _caption(spec: dict, chosen: list[dict]) -> str:
-    """Where the table's numbers come from, computed from its records."""
-    dates = sorted({r["date"] for r in chosen})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} 至 {dates[-1]}"
-    return f"{spec['title']}。來源：`results/`，{span} 執行。"
-
-
-def render(documents: list[Path], check: bool = False) -> list[Path]:
-    """Fill every region of `documents`; returns those whose text changed (with `check`, without writing them)."""
-    tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
-    records, changed = committed(), []
-
-    def fill(match: re.Match) -> str:
-        return match[1] + render_table(tables[match[2]], records) + match[3]
-
-    for document in documents:
-        text = document.read_text(encoding="utf-8")
-        rendered = REGION.sub(fill, text)
-        if rendered != text:
-            changed.append(document)
-            if not check:
-                document.write_text(rendered, encoding="utf-8")
-    return changed
-
-
-def documents() -> list[Path]:
-    """Every Markdown document of the course."""
-    return [*ROOT.glob("*.md"), *sorted((ROOT / "03-Model_Compression").rglob("*.md"))]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Render the results tables of the course's documents.")
-    parser.add_argument("command", choices=["render"])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a document is out of date")
-    arguments = parser.parse_args()
-    changed = render(documents(), check=arguments.check)
-    for document in changed:
-        print(document.relative_to(ROOT), "is out of date" if arguments.check else "rendered")
-    sys.exit(1 if arguments.check and changed else 0)
-
-
-if __name__ == "__main__":
-    main()

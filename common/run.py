@@ -18,7 +18,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from common import provenance, results
+from common import provenance, results, tables
 from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
@@ -52,7 +52,7 @@ def execute(notebook: Path, target: Path, parameters: dict) -> None:
     )
 
 
-def explain(error: PapermillExecutionError, notebook: Path, target: Path) -> str:
+def explain(error: PapermillExecutionError, notebook: Path, target: Path, options: argparse.Namespace) -> str:
     """A failing cell as a reader wants it: which cell, its code, the error, where to look, how to try again."""
     lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
     code = "\n".join(f"    {line}" for line in error.source.splitlines())
@@ -60,7 +60,9 @@ def explain(error: PapermillExecutionError, notebook: Path, target: Path) -> str
         f"\n❌ {title(notebook)}, cell [{error.exec_count}] failed:\n\n{code}\n\n"
         f"    {error.ename}: {error.evalue}\n\n"
         f"   Whole traceback: {shown(target)}\n"
-        f"   Try again:       python -m common.run --lab {lab} --notebook {number}"
+        f"   Try again:       make labs LAB={lab} NOTEBOOK={number}"
+        + (f" PROFILE={options.profile}" if options.profile != "auto" else "")
+        + (f" MODEL={options.model}" if options.model != "embedded" else "")
     )
 
 
@@ -81,15 +83,31 @@ def summary(done: list[tuple[Path, float]], records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def without_progress(outputs: list) -> list:
+    """A cell's outputs without progress bars (widgets, stderr) and empty prints; consecutive prints joined."""
+    kept = []
+    for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr":
+            continue
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
 def record(notebook: Path, target: Path, lab: str, profile: str, device: str, source: Path) -> None:
     """Put an executed notebook, stamped with its provenance, and its figures in place of the committed ones."""
     executed = nbformat.read(target, as_version=4)
-    executed.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        executed.metadata.pop(key, None)
     for cell in executed.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = without_progress(cell.outputs)
     provenance.stamp(executed, lab, profile, device, datetime.date.today().isoformat())
-    results.promote(notebook.stem, source)
+    tables.promote(notebook.stem, source)
     aside = notebook.with_suffix(".new")
     nbformat.write(executed, aside)
     aside.replace(notebook)
@@ -128,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             execute(notebook, target, parameters)
         except PapermillExecutionError as error:
-            print(explain(error, notebook, target))
+            print(explain(error, notebook, target, options))
             return 1
         done.append((notebook, time.perf_counter() - start))
         records += [r for r in results.read(source) if r["lab"] == lab and r not in records]

@@ -72,6 +72,7 @@ class QuantizationSettings(Settings):
     nsamples: int
     batch_size: int
     study_blocks: int
+    study_nsamples: int
     curve_nsamples: list
     sweep_nsamples: int
     sweep_steps: int

@@ -52,7 +52,7 @@ def test_baseline_perplexity(settings, tests):
 
 
 def test_gptq_perplexity_and_time(quantized, tests):
-    model, folder, seconds = quantized
+    model, _, seconds = quantized
     assert evaluate(model, tests).perplexity <= 14.7
     # 110 s is the goal on two cores; twice that leaves room for a busy machine and still catches a second pass.
     assert seconds < 220

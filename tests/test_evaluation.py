@@ -89,22 +89,24 @@ def test_a_bfloat16_model_is_at_no_distance_from_itself(llama, windows):
 
 
 def test_a_float32_model_is_at_no_distance_from_itself(llama, windows):
-    """Where bfloat16 is slow (laptops) the models are float32; the baseline is kept in bfloat16 nevertheless."""
+    """Models are float32 where the processor has no bfloat16; rounding the baseline alone must not look like a loss."""
+    embedding = llama.model.embed_tokens.weight.data
+    embedding[1::2] = embedding[::2] * 1.0005  # pairs of tokens nearly as likely, as any large vocabulary has them
     baseline = Baseline(windows=5)
     evaluate(llama, windows, keep=baseline)
     again = evaluate(llama, windows, against=baseline)
-    assert again.kl == pytest.approx(0, abs=1e-4)
-    assert again.top1 == pytest.approx(1, abs=0.02)
+    assert again.top1 == 1
+    assert again.kl == pytest.approx(0, abs=1e-6)
 
 
-def test_baseline_is_small_and_on_the_cpu(llama, windows):
+def test_baseline_is_exact_and_on_the_cpu(llama, windows):
     baseline = Baseline(windows=3)
     evaluate(llama, windows, keep=baseline)
     assert len(baseline.logits) == 3
     for kept, expected in zip(baseline.logits, logits64(llama, windows), strict=False):
         assert kept.shape == (15, 256)
-        assert (kept.dtype, kept.device.type) == (torch.bfloat16, "cpu")
-        np.testing.assert_allclose(kept.double().numpy(), expected, rtol=2**-8, atol=1e-6)
+        assert (kept.dtype, kept.device.type) == (llama.dtype, "cpu")
+        np.testing.assert_allclose(kept.double().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [5, 2, 100])
@@ -122,7 +124,7 @@ def test_kl_and_agreement_in_float64(make_llama, windows, kept):
     p, q = log_softmax(logits64(original, shared)), log_softmax(logits64(model, shared))
     expected = (np.exp(p) * (p - q)).sum(-1).mean()  # KL(original ‖ model), nats per token
     reverse = (np.exp(q) * (q - p)).sum(-1).mean()
-    assert quality.kl == pytest.approx(expected, rel=0.01)  # the original's logits went through bfloat16
+    assert quality.kl == pytest.approx(expected, rel=1e-3)
     assert abs(expected - reverse) > 0.1 * expected
     agreement = (p.argmax(-1) == q.argmax(-1)).mean()
     assert 0.1 < agreement < 0.9

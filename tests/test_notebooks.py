@@ -8,8 +8,9 @@ import sys
 import nbformat
 import pytest
 
-from common import provenance, results, run
-from common.settings import ROOT, load_settings
+from common import provenance, results, run, tables
+from common.environment import device_name
+from common.settings import ROOT, load_settings, slug
 
 NOTEBOOKS = run.find_notebooks()
 MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|opt)/")
@@ -41,7 +42,10 @@ def test_built_as_the_course_builds_notebooks(file):
 @each_notebook
 def test_claims_are_checked(file):
     source = "\n".join(c.source for c in cells(file, "code"))
-    assert source.count("raise ") + source.count("assert_close") >= source.count('print(f"✅') + source.count('print("✅') - 1
+    assert (
+        source.count("raise ") + source.count("assert_close")
+        >= source.count('print(f"✅') + source.count('print("✅') - 1
+    )
 
 
 @each_notebook
@@ -58,12 +62,12 @@ def test_committed_outputs_are_from_one_clean_run(file):
 @each_notebook
 def test_committed_figures_exist_for_the_recorded_device(file):
     recorded = nbformat.read(file, as_version=4).metadata.provenance
-    mine = [r for r in results.committed() if r["notebook"] == file.stem and r["device"] == recorded.device]
+    mine = [r for r in tables.committed() if r["notebook"] == file.stem and r["device"] == recorded.device]
     assert {"notebook-seconds", "notebook-memory"} <= {r["key"] for r in mine}
 
 
 def test_documents_show_the_committed_figures():
-    stale = results.render(results.documents(), check=True)
+    stale = tables.render(tables.documents(), check=True)
     assert not stale, "run: make tables"
 
 
@@ -83,7 +87,7 @@ def test_all_notebooks_run_at_smoke(smoke):
 
 
 def test_smoke_run_measured_what_it_should(smoke):
-    device_folder = results.slug(results.device_name(load_settings("quantization", "smoke")))
+    device_folder = slug(device_name(load_settings("quantization", "smoke")))
     records = results.read(ROOT / ".work" / "tests" / "results" / device_folder / "smoke" / "quantization.json")
     keys = {(r["notebook"], r["artifact"], r["key"]) for r in records}
     assert {

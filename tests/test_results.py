@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from common import provenance, results
+from common import provenance, results, tables
 from common.settings import load_settings
 
 SPEC = {
@@ -42,7 +42,7 @@ def test_measuring_again_replaces(recorder):
 def test_table_shows_values_with_spread_and_device(recorder):
     perplexity(recorder, "original", 12.66)
     perplexity(recorder, "gptq", 14.14)
-    table = results.render_table(SPEC, results.read(recorder.file))
+    table = tables.render_table(SPEC, results.read(recorder.file))
     assert f"困惑度（{recorder.device}）" in table
     assert "| 原始 | 12.66 ± 0.50 |" in table
     assert "| GPTQ | 14.14 ± 0.50 |" in table
@@ -52,43 +52,43 @@ def test_table_refuses_to_mix_protocols(recorder):
     perplexity(recorder, "original", 12.66)
     perplexity(recorder, "gptq", 14.14, windows=8)
     with pytest.raises(ValueError, match="mixes protocols"):
-        results.render_table(SPEC, results.read(recorder.file))
+        tables.render_table(SPEC, results.read(recorder.file))
 
 
 def test_promote_replaces_a_notebooks_old_figures(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
     perplexity(recorder, "gptq", 14.0)
-    results.promote("03-Inference", recorder.file)
+    tables.promote("03-Inference", recorder.file)
     recorder.file.unlink()
     perplexity(recorder, "original", 12.0)
-    results.promote("03-Inference", recorder.file)
-    assert [(r["artifact"], r["value"]) for r in results.committed()] == [("original", 12.0)]
+    tables.promote("03-Inference", recorder.file)
+    assert [(r["artifact"], r["value"]) for r in tables.committed()] == [("original", 12.0)]
     with pytest.raises(ValueError, match="no record of notebook 01-Setup"):
-        results.promote("01-Setup", recorder.file)
+        tables.promote("01-Setup", recorder.file)
 
 
 def test_render_fills_regions_and_check_writes_nothing(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "COMMITTED", tmp_path / "committed")
-    tables = tmp_path / "tables.toml"
-    tables.write_text(
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
+    specs = tmp_path / "tables.toml"
+    specs.write_text(
         '[quality]\ntitle="t"\nlab="quantization"\nhead="h"\n[quality.columns.perplexity]\ntitle="p"\n'
         'format="{:.1f}"\n[quality.rows]\ngptq="GPTQ"\n',
         encoding="utf-8",
     )
-    monkeypatch.setattr(results, "TABLES", tables)
+    monkeypatch.setattr(tables, "TABLES", specs)
     perplexity(recorder, "gptq", 14.0)
-    results.promote("03-Inference", recorder.file)
+    tables.promote("03-Inference", recorder.file)
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- results:quality -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
     before = document.read_text(encoding="utf-8")
-    assert results.render([document], check=True) == [document]
+    assert tables.render([document], check=True) == [document]
     assert document.read_text(encoding="utf-8") == before
-    results.render([document])
+    tables.render([document])
     text = document.read_text(encoding="utf-8")
     assert "| GPTQ | 14.0 |" in text
     assert "old" not in text
     assert text.endswith("after\n")
-    assert results.render([document]) == []
+    assert tables.render([document]) == []
 
 
 def notebook(*sources):

@@ -11,7 +11,7 @@ def chapter(tmp_path, monkeypatch):
     """A chapter with one lab and one notebook, whose code each test writes."""
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     monkeypatch.setattr(run, "CHAPTER", tmp_path / "chapter")
-    monkeypatch.setattr(run.results, "COMMITTED", tmp_path / "results")
+    monkeypatch.setattr(run.tables, "COMMITTED", tmp_path / "results")
 
     def write(*sources):
         file = tmp_path / "chapter" / "Lab-3.1-Quantization" / "01-Setup.ipynb"
@@ -19,7 +19,8 @@ def chapter(tmp_path, monkeypatch):
         parameters = nbformat.v4.new_code_cell('PROFILE = "auto"\nMODEL = "embedded"')
         parameters.metadata["tags"] = ["parameters"]
         language = {"language_info": {"name": "python"}}
-        book = nbformat.v4.new_notebook([parameters, *map(nbformat.v4.new_code_cell, sources)], metadata=language)
+        book = nbformat.v4.new_notebook(metadata=language)
+        book.cells = [parameters, *map(nbformat.v4.new_code_cell, sources)]
         nbformat.write(book, file)
         return file
 
@@ -58,12 +59,12 @@ def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsy
     assert "01-Setup, cell [" in out
     assert "wanted = 3" in out
     assert "ValueError: group_size 7 does not divide 576" in out
-    assert "python -m common.run --lab 3.1 --notebook 01" in out
+    assert "make labs LAB=3.1 NOTEBOOK=01 PROFILE=cpu" in out
 
 
 def test_no_such_notebook_lists_those_there_are(chapter):
     chapter("pass")
-    with pytest.raises(FileNotFoundError, match="Lab-3.1-Quantization/01-Setup"):
+    with pytest.raises(FileNotFoundError, match=r"Lab-3\.1-Quantization/01-Setup"):
         run.main(["--lab", "9.9"])
 
 

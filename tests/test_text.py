@@ -79,6 +79,8 @@ def test_other_languages(language):
     assert corpus.name == f"wiki-leads-{language}"
     assert len(corpus.train) > 5000
     assert min(len(corpus.valid), len(corpus.test)) > 200
+    leads = [document.split(SEPARATOR, 1)[1] for split in text.SPLITS for document in getattr(corpus, split)]
+    assert len(set(leads)) == len(leads), "a text stands twice: redirects repeat it under a second title"
 
 
 def test_a_document_in_two_splits_is_refused():

@@ -112,7 +112,9 @@ def _add_quantization_config(file: Path, config: QuantizeConfig, method: str) ->
         "desc_act": False,
         "damp_percent": config.damp_percent,
         "lm_head": False,
-        "meta": {"quantizer": f"03-Model_Compression {method}"},
+        # GPTQModel reads an asymmetric v1 file only when its writer is known to keep zero points above 0, as
+        # GPTQModel has done since 0.9.0 and `find_grid` does too. Naming that version is how a file says so.
+        "meta": {"quantizer": [f"03-model-compression-{method}:0.1.0", "gptqmodel:0.9.0"]},
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

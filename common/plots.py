@@ -85,6 +85,8 @@ def bars(
         axis.axvline(reference, color=GREY, linestyle="--")
     axis.invert_yaxis()
     axis.margins(x=0.12)
+    if max(values.values()) > 100 * min(values.values()):
+        axis.set_xscale("log")  # one method has failed: keep the others readable
     axis.grid(axis="y", visible=False)
     axis.set(xlabel=xlabel, title=title)
     return figure

@@ -10,7 +10,8 @@ from common.environment import prepare
 from common.evaluation import evaluate
 from common.gptq_format import load_dequantized, save_gptq
 from common.quantization import QuantizeConfig, gptq_model, rtn_model
-from common.text import calibration_windows, load_corpus, test_windows
+from common.text import calibration_windows, load_corpus
+from common.text import test_windows as first_test_windows  # pytest would take the name for a test
 
 pytestmark = pytest.mark.slow
 CONFIG = QuantizeConfig(bits=4, group_size=64, sym=False, desc_act=True, mse=True)
@@ -25,7 +26,7 @@ def settings():
 @pytest.fixture(scope="module")
 def tests(settings):
     tokenizer = load_tokenizer("embedded")
-    return test_windows(tokenizer, load_corpus(settings.corpus), settings.seqlen, settings.eval_windows)
+    return first_test_windows(tokenizer, load_corpus(settings.corpus), settings.seqlen, settings.eval_windows)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""vLLM's own server, from its own environment (`make serve-env`), on the loopback interface."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import artifacts
+from common.awq_format import repack_as_awq
+from common.gptq_format import save_dense
+from common.processes import free_port, serve
+from common.settings import ROOT
+
+ENVIRONMENT = ROOT / ".venv-serve"
+MODEL_NAME = "course"  # what clients ask for
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_INT4_W4A8": "0",  # else vLLM also rounds activations, to 8 bits, on CPUs with AMX
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class VLLM:
+    """A running server."""
+
+    url: str  # of its OpenAI-compatible API
+    log: Path
+
+    @property
+    def kernel(self) -> str:
+        """The code it chose for quantized layers, from its log; "" where the model has none."""
+        found = re.search(r"Using (\w*Kernel) for", self.log.read_text(encoding="utf-8", errors="replace"))
+        return found[1] if found else ""
+
+
+def missing() -> str:
+    """What to do where vLLM is not installed; "" where it is."""
+    if (ENVIRONMENT / ".ready").exists():
+        return ""
+    return "vLLM is not installed. Run `make serve-env` (a few minutes; about 3.5 GB), then run the cell again."
+
+
+def has_four_bit_kernel() -> bool:
+    """vLLM computes with packed 4-bit weights on GPUs and on CPUs with AVX-512; others lack the kernel."""
+    return torch.cuda.is_available() or torch.cpu._is_avx512_supported()
+
+
+def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -> artifacts.Artifact:
+    """A GPTQ checkpoint as vLLM can serve it on this machine: the same numbers, saved in `target`.
+
+    In AWQ's format where vLLM has a 4-bit kernel (it refuses asymmetric files in GPTQ's), else unpacked to `dtype`.
+    """
+    if has_four_bit_kernel():
+        return repack_as_awq(checkpoint, target)
+    return save_dense(checkpoint, target, dtype)
+
+
+@contextlib.contextmanager
+def serve_vllm(model: artifacts.Artifact, log: Path, *, context: int, sequences: int) -> Iterator[VLLM]:
+    """Serve what `servable` returned while the block lasts.
+
+    context: tokens per request, prompt and answer together; sequences: requests computed together.
+    Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
+    """
+    if missing():
+        raise FileNotFoundError(missing())
+    port = free_port()
+    root = f"http://127.0.0.1:{port}"
+    # `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` does not have; its module does not.
+    command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model.folder]
+    command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
+    command += ["--dtype", model.settings["dtype"], "--max-model-len", context, "--max-num-seqs", sequences]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", "0.5"]  # the notebook's own models are on the card, too
+    else:
+        command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
+    environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    with serve(command, health=f"{root}/health", log=log, timeout=600, environment=environment):
+        yield VLLM(url=f"{root}/v1", log=log)

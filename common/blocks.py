@@ -7,6 +7,7 @@ change those layers, and only then lets the data flow on, through the layers as 
 Every layer is thus calibrated on what it will really receive in the compressed network.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,20 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no list of {layers} decoder blocks that could be walked.")
     return candidates[0]
+
+
+def first_blocks(model: nn.Module, count: int) -> nn.Module:
+    """A copy of `model` that ends after its first `count` blocks: small enough to study closely."""
+    blocks = decoder_blocks(model)
+    owner = model.get_submodule(next(name for name, m in model.named_modules() if m is blocks).rpartition(".")[0])
+    attribute = next(name for name, m in owner.named_children() if m is blocks)
+    setattr(owner, attribute, blocks[:count])  # so that only these are copied
+    try:
+        shallow = copy.deepcopy(model)
+    finally:
+        setattr(owner, attribute, blocks)
+    shallow.config.get_text_config().num_hidden_layers = count
+    return shallow
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -219,6 +234,29 @@ def walk(
         for batch, hidden in zip(batches, _flow(block, stages, batches, observe, change, device), strict=True):
             batch.hidden = hidden
         block.to(home)
+
+
+def collect(model: nn.Module, windows: Tensor, observe: Observe, **options) -> dict[str, Statistic]:
+    """Statistics of every linear layer's input in the model as it is: layer name → statistic (shared within a stage).
+
+    `options` go to `walk`. Memory: one statistic per stage, four per block; Hessians of a 7B model do not fit.
+    """
+    names = {linear: name for name, linear in iter_linears(model)}
+    found = {}
+
+    def note(stage: Stage, statistic: Statistic) -> None:
+        found.update({names[linear]: statistic for linear in stage.linears.values()})
+
+    walk(model, windows, observe, note, **{"description": "collect"} | options)
+    return found
+
+
+def by_statistic(model: nn.Module, statistics: dict[str, Statistic]) -> Iterator[dict[str, nn.Linear]]:
+    """Linear layers by name, those that share a statistic of `collect` together, in order of the first of them."""
+    stages: dict[int, dict[str, nn.Linear]] = {}
+    for name, linear in iter_linears(model):
+        stages.setdefault(id(statistics[name]), {})[name] = linear
+    yield from tqdm(stages.values(), desc="layers", unit="stage", leave=False)
 
 
 def iter_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

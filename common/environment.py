@@ -21,7 +21,17 @@ from logbar import LogBar
 from common.settings import Settings, load_settings, seed_everything
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "gptqmodel", "optimum", "accelerate", "datasets", "bitsandbytes", "torchao")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "gptqmodel",
+    "optimum",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "torchao",
+    "torch-pruning",
+)
 NOISY_LOGGERS = ("tokenicer", "torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "optimum", "datasets")
 _started = time.perf_counter()
 _gpu_peak_before_reset = 0

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from common import artifacts
 from common.quantization import QuantizeConfig, QuantizedWeight
@@ -117,6 +117,9 @@ def _add_quantization_config(file: Path, config: QuantizeConfig, method: str) ->
         "meta": {"quantizer": [f"03-model-compression-{method}:0.1.0", "gptqmodel:0.9.0"]},
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # auto-gptq looks for the same under this name.
+    own = json.dumps(content["quantization_config"], indent=2) + "\n"
+    file.with_name("quantize_config.json").write_text(own, encoding="utf-8")
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -139,3 +142,14 @@ def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
         state[f"{layer}.weight"] = unpack_linear(tensors, bits).to(dtype)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+
+
+def save_dense(source: artifacts.Artifact, target: Path, dtype: torch.dtype) -> artifacts.Artifact:
+    """Save a checkpoint in GPTQ v1 format unpacked to `dtype`, for engines that have no 4-bit kernel here."""
+
+    def write(path: Path) -> None:
+        load_dequantized(source.folder, dtype).save_pretrained(path)
+        AutoTokenizer.from_pretrained(source.folder).save_pretrained(path)
+
+    settings = source.settings | {"dtype": str(dtype).removeprefix("torch.")}
+    return artifacts.save(target, write, method="dense", settings=settings, parent=source.name)

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -123,12 +124,100 @@ def latency_histogram(seconds: dict[str, list[float]], title: str) -> Figure:
     return figure
 
 
-def lines(points: dict[str, dict[float, float]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """Lines with markers over a linear axis that starts at zero."""
+def lines(
+    points: dict[str, dict[float, float]], xlabel: str, ylabel: str, title: str, *, xscale="linear", yscale="linear"
+) -> Figure:
+    """Lines with markers; a linear y axis starts at zero."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, series), color in zip(points.items(), (GREY, BLUE, ORANGE), strict=False):
+    for (name, series), color in zip(points.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
         axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
-    axis.set_ylim(bottom=0)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
+    if yscale == "linear":
+        axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
+    return figure
+
+
+def load_curve(levels: pd.DataFrame, knee: int, limits: dict[str, float]) -> Figure:
+    """A `loadtest.LoadTest`'s levels over the number of users; `limits`: milliseconds of the SLO by quantity."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)
+    axes[0].plot(levels.index, levels["tokens/s"], "o-", color=BLUE)
+    axes[0].axvline(knee, color=GREY, linestyle=":")
+    axes[0].annotate(f"knee: {knee}", (knee, 0.04), xycoords=("data", "axes fraction"), ha="left", fontsize=9)
+    share = axes[0].twinx()
+    share.plot(levels.index, 100 * levels["in SLO"], "s--", color=ORANGE)
+    share.set(ylim=(0, 105))
+    share.set_ylabel("% of requests within SLO", color=ORANGE)
+    share.grid(False)
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("tokens per second", color=BLUE)
+    axes[0].set_title("Throughput")
+    for axis, (quantity, limit) in zip(axes[1:], limits.items(), strict=True):
+        for q, color in ((50, BLUE), (95, ORANGE), (99, GREEN)):
+            values = levels[f"{quantity} P{q} ms"]
+            if values.notna().any():  # else there were too few requests for this percentile
+                axis.plot(levels.index, values, "o-", color=color, label=f"P{q}")
+        axis.axhline(limit, color=GREY, linestyle="--", label="SLO")
+        axis.set_ylim(bottom=0)
+        axis.set(title=quantity, ylabel="ms")
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(levels.index, [str(users) for users in levels.index])
+        axis.set_xlabel("concurrent users")
+    return figure
+
+
+def service_series(series: pd.DataFrame, steps: dict[str, float]) -> Figure:
+    """The service's own metrics during a load test; `steps`: label → second at which each level began."""
+    figure, axes = plt.subplots(3, 1, figsize=(9, 5.6), sharex=True)
+    time = series["seconds"]
+    axes[0].plot(time, series["llm_requests_running"], color=BLUE, label="running")
+    axes[0].plot(time, series["llm_requests_waiting"], color=ORANGE, label="waiting")
+    axes[0].plot(time, series["llm_queue_limit"], color=GREY, linestyle="--", label="queue limit")
+    axes[0].legend(frameon=False, ncols=3, fontsize=8)
+    axes[0].set_ylabel("requests")
+    axes[0].set_title("What the service reported about itself", pad=18)
+    seconds = np.gradient(time)
+    for axis, name, label in (
+        (axes[1], "llm_generated_tokens_total", "tokens per second"),
+        (axes[2], "llm_errors_total", "errors per second"),
+    ):
+        rate = pd.Series(np.gradient(series[name]) / seconds).rolling(3, min_periods=1).mean()
+        axis.plot(time, rate, color=BLUE)
+        axis.set(ylabel=label, ylim=(0, None))
+    for label, begin in steps.items():
+        for axis in axes:
+            axis.axvline(begin, color=GREY, linewidth=0.8, linestyle=":")
+        axes[0].annotate(label, (begin, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
+    axes[-1].set_xlabel("seconds")
+    return figure
+
+
+def histogram(values: Tensor, xlabel: str, title: str) -> Figure:
+    """How often each size occurs; counts on a logarithmic axis, since the tail is what matters here."""
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    axis.hist(values.numpy(), bins=80, color=BLUE, log=True)
+    axis.set(xlabel=xlabel, ylabel="count", title=title)
+    return figure
+
+
+def masks(keep: dict[str, Tensor], title: str) -> Figure:
+    """Boolean masks side by side: dark where a weight stays."""
+    figure, axes = plt.subplots(1, len(keep), figsize=(3.2 * len(keep), 3.3), squeeze=False)
+    for axis, (name, mask) in zip(axes[0], keep.items(), strict=True):
+        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(name)
+        axis.grid(False)
+    axes[0, 0].set(xlabel="input", ylabel="output")
+    figure.suptitle(title)
+    return figure
+
+
+def columns(values: dict, xlabel: str, ylabel: str, title: str) -> Figure:
+    """Upright bars for a quantity along the depth of a network."""
+    figure, axis = plt.subplots(figsize=(7, 2.8))
+    axis.bar(list(values), list(values.values()), color=BLUE)
+    axis.grid(axis="x", visible=False)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure

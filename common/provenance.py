@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 
-from common.settings import ROOT, profile_values
+from common.settings import ROOT, profile_values, shared_rows
 
 PACKAGE = ROOT / "common"
 
@@ -36,27 +36,35 @@ def _imports(source: str) -> set[str]:
     return found
 
 
+def _files(name: str) -> list[Path]:
+    """The file of a module of `common`, or the files of a package in it."""
+    folder, file = PACKAGE / name, PACKAGE / f"{name}.py"
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [file] if file.exists() else []
+
+
 def modules_used(source: str) -> list[Path]:
     """The files of `common` that `source` imports, directly or through one another, with the table of profiles."""
     found, waiting = set(), _imports(source)
     while waiting:
         name = waiting.pop()
-        file = PACKAGE / f"{name}.py"
-        if name not in found and file.exists():
+        if name not in found:
             found.add(name)
-            waiting |= _imports(file.read_text(encoding="utf-8"))
-    return [PACKAGE / f"{name}.py" for name in sorted(found)]
+            for file in _files(name):
+                waiting |= _imports(file.read_text(encoding="utf-8"))
+    return [file for name in sorted(found) for file in _files(name)]
 
 
 def fingerprint(notebook: nbformat.NotebookNode, lab: str, profile: str) -> dict[str, str]:
-    """Hashes that change when a notebook's code, the `common` code behind it, or its profile's numbers change."""
+    """Hashes that change when a notebook's code, the `common` code behind it, or the numbers it uses change."""
     code = "\n".join(
         cell.source
         for cell in notebook.cells
         if cell.cell_type == "code" and not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))
     )
     common = "\n".join(_code_lines(file.read_text(encoding="utf-8")) for file in modules_used(code))
-    numbers = json.dumps(profile_values(lab, profile), sort_keys=True)
+    used = {name: value for name, value in profile_values(lab, profile).items() if f"settings.{name}" in code}
+    shared = {name: value for name, value in profile_values(lab, profile).items() if name in shared_rows()}
+    numbers = json.dumps(used | shared, sort_keys=True)
     return {"cells": _sha(code), "common": _sha(common), "numbers": _sha(numbers)}
 
 

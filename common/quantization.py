@@ -9,15 +9,14 @@ RTN and GPTQ use the same grid. They differ in one thing only: GPTQ lets the col
 quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.)
 """
 
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from common.blocks import Stage, iter_linears, walk
+from common.blocks import Stage, by_statistic, iter_linears, walk
+from common.compensation import Hessian, compensate, inverse_cholesky
 
-BLOCK_COLUMNS = 128  # columns per lazy update; changes speed, not the result
 SHRINK_STEPS = torch.linspace(1.0, 0.5, 26).tolist()  # clipping candidates, as fractions of the full range
 
 
@@ -83,39 +82,6 @@ class QuantizedWeight:
         return (self.codes.float() - zero) * scale
 
 
-class Hessian:
-    """H = 2·XᵀX / n of a layer's inputs X [n, in_features]: the curvature of its squared output error, float32.
-
-    Also keeps the mean absolute activation per input channel, which AWQ wants.
-    """
-
-    PANEL = 384  # H is symmetric: only panels on and above the diagonal are computed
-
-    def __init__(self, in_features: int, like: Tensor):
-        self.upper = torch.zeros(in_features, in_features, device=like.device)
-        self.absolute = torch.zeros(in_features, device=like.device)
-        self.tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        self.tokens += len(inputs)
-        for chunk in inputs.split(4096):  # small enough to stay in a CPU's cache
-            chunk = chunk.float()
-            self.absolute += chunk.abs().sum(0)
-            for start in range(0, chunk.shape[1], self.PANEL):
-                stop = min(start + self.PANEL, chunk.shape[1])
-                self.upper[:stop, start:stop].addmm_(chunk[:, :stop].T, chunk[:, start:stop])
-
-    @property
-    def matrix(self) -> Tensor:
-        """H [in_features, in_features]."""
-        return (self.upper.triu() + self.upper.triu(1).T) * (2 / self.tokens)
-
-    @property
-    def mean_absolute(self) -> Tensor:
-        """mean |x| per input channel [in_features]."""
-        return self.absolute / self.tokens
-
-
 def _groups(in_features: int, group_size: int) -> int:
     if in_features % group_size:
         raise ValueError(
@@ -168,18 +134,6 @@ def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), config)
 
 
-@contextmanager
-def _one_thread():
-    """On a CPU, work on one column at a time is too small to share: threads would mostly wait for one another,
-    and on a busy machine they wait a hundred times longer than the work takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     """Round every weight [out, in] to the nearest point of its group's grid. Needs no data."""
     grid = find_grid(weight, config)
@@ -187,50 +141,31 @@ def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     return _pack(grid.encode(weight.float(), group), grid, config)
 
 
-def inverse_cholesky(hessian: Tensor, damp_percent: float) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse Hessian, H⁻¹ = UᵀU.
-
-    Row i of U is what eliminating columns 0…i-1 leaves of row i of H⁻¹, divided by the root of its diagonal entry:
-    all the inverses that GPTQ's column loop would need, from one factorization (GPTQ paper, section 3.3).
-    """
-    damped = hessian.clone()
-    damped.diagonal().add_(damp_percent * damped.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-
-
-@_one_thread()
-def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor | None = None) -> QuantizedWeight:
     """Quantize `weight` [out, in] column by column, each column's error compensated by the columns after it.
 
     hessian: [in, in], of the layer's inputs (`Hessian.matrix`). Rows do not influence each other, so layers that
     read the same input may be stacked into one call.
+    keep: bool [out, in]; weights where it is False become exactly zero (a pruned model stays pruned).
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True) if config.desc_act else torch.arange(len(diagonal))
     order = order.to(weight.device)
     grid = find_grid(weight, config, importance=diagonal)
-    u = inverse_cholesky(hessian[order][:, order], config.damp_percent)
+    factor = inverse_cholesky(hessian[order][:, order], config.damp_percent)
     group_of = (order // config.group_size).tolist()
+    codes = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)  # [in, out], in that order
 
-    columns = weight.float().T[order]  # [in, out]: a column of the matrix is a contiguous row here
-    codes = torch.empty_like(columns)
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            g = slice(group_of[i], group_of[i] + 1)
-            codes[i] = grid.encode(columns[i, :, None], g)[:, 0]
-            rounded = grid.decode(codes[i, :, None], g)[:, 0]
-            errors[i - start] = (columns[i] - rounded) / u[i, i]
-            columns[i + 1 : stop].addr_(u[i, i + 1 : stop], errors[i - start], alpha=-1)
-        columns[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+    def replace(i: int, pending: Tensor) -> Tensor:
+        group = slice(group_of[i], group_of[i] + 1)
+        code = grid.encode(pending[0, :, None], group)
+        if keep is not None:
+            code = torch.where(keep[:, order[i], None], code, grid.zero[:, group])
+        codes[i] = code[:, 0]
+        return grid.decode(code, group)[:, 0]
+
+    compensate(weight.float().T[order], factor, replace)
     return _pack(codes[torch.argsort(order)].T.contiguous(), grid, config)
-
-
-def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """Relative squared error ‖(W - Ŵ)X‖² / ‖WX‖² that an approximation makes at the layer's output."""
-    difference, weight = weight.float() - approximation.float(), weight.float()
-    return (((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()).item()
 
 
 @torch.no_grad()
@@ -245,10 +180,13 @@ def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWe
     return quantized
 
 
-def gptq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_options) -> dict[str, QuantizedWeight]:
+def gptq_model(
+    model: nn.Module, windows: Tensor, config: QuantizeConfig, *, keep_zeros: bool = False, **walk_options
+) -> dict[str, QuantizedWeight]:
     """GPTQ for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
 
-    windows: calibration tokens [nsamples, seqlen]. `walk_options` go to `common.blocks.walk`.
+    windows: calibration tokens [nsamples, seqlen]. keep_zeros: weights that are zero stay zero, as a pruned model
+    wants; otherwise error compensation refills some of them. `walk_options` go to `common.blocks.walk`.
     """
     for _, linear in iter_linears(model):
         _groups(linear.in_features, config.group_size)  # before minutes of work, not after
@@ -256,15 +194,31 @@ def gptq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk
     quantized = {}
 
     def change(stage: Stage, statistic: Hessian) -> None:
-        linears = list(stage.linears.values())
-        stacked = torch.cat([linear.weight for linear in linears])
-        result = gptq(stacked, statistic.matrix, config)
-        start = 0
-        for linear in linears:
-            rows = slice(start, start := start + linear.out_features)
-            part = QuantizedWeight(result.codes[rows], result.scale[rows], result.zero[rows], config)
-            linear.weight.copy_(part.dequantize())
-            quantized[names[linear]] = part
+        linears = {names[linear]: linear for linear in stage.linears.values()}
+        quantized.update(_gptq_linears(linears, statistic, config, keep_zeros))
 
     walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
+    return quantized
+
+
+@torch.no_grad()
+def gptq_once(
+    model: nn.Module, statistics: dict[str, Hessian], config: QuantizeConfig, *, keep_zeros: bool = False
+) -> dict[str, QuantizedWeight]:
+    """Like `gptq_model`, with Hessians collected beforehand (`common.blocks.collect`) and no calibration pass."""
+    quantized = {}
+    for linears in by_statistic(model, statistics):
+        quantized |= _gptq_linears(linears, statistics[next(iter(linears))], config, keep_zeros)
+    return quantized
+
+
+def _gptq_linears(linears: dict[str, nn.Linear], statistic: Hessian, config, keep_zeros) -> dict[str, QuantizedWeight]:
+    """GPTQ for layers that read the same input, in place and in one column loop; returns their quantized weights."""
+    stacked = torch.cat([linear.weight for linear in linears.values()])
+    result = gptq(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
+    quantized, start = {}, 0
+    for name, linear in linears.items():
+        rows = slice(start, start := start + linear.out_features)
+        quantized[name] = QuantizedWeight(result.codes[rows], result.scale[rows], result.zero[rows], config)
+        linear.weight.copy_(quantized[name].dequantize())
     return quantized

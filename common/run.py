@@ -23,7 +23,11 @@ from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
 CHAPTER = ROOT / "03-Model_Compression"
-LAB_OF_FOLDER = {"Lab-3.1-Quantization": "quantization"}
+LAB_OF_FOLDER = {
+    "Lab-3.1-Quantization": "quantization",
+    "Lab-3.2-Pruning": "pruning",
+    "Lab-3.3-Distillation": "distillation",
+}
 
 
 def find_notebooks(lab: str = "", notebook: str = "") -> list[Path]:
@@ -48,6 +52,7 @@ def execute(notebook: Path, target: Path, parameters: dict) -> None:
         parameters=parameters,
         cwd=notebook.parent,
         kernel_name="python3",
+        extra_arguments=["--log-level=40"],  # the kernel's warnings about its own transport are no output of ours
         progress_bar=sys.stderr.isatty() or "CI" not in os.environ,
     )
 
@@ -96,11 +101,22 @@ def without_progress(outputs: list) -> list:
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
 
 
+def without_parameters(executed: nbformat.NotebookNode) -> None:
+    """Take out the cell that papermill injected (the provenance names the profile), and number the others anew."""
+    executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for number, cell in enumerate((c for c in executed.cells if c.cell_type == "code"), start=1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
+
+
 def record(notebook: Path, target: Path, lab: str, profile: str, device: str, source: Path) -> None:
     """Put an executed notebook, stamped with its provenance, and its figures in place of the committed ones."""
     executed = nbformat.read(target, as_version=4)
     for key in ("papermill", "widgets"):
         executed.metadata.pop(key, None)
+    without_parameters(executed)
     for cell in executed.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -131,7 +147,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
     # Values that are the defaults already are not injected, so that a recorded notebook has no extra cell.
     parameters = {"PROFILE": options.profile} if options.profile != "auto" else {}
-    parameters |= {"MODEL": options.model} if options.model != "embedded" else {}
 
     notebooks = find_notebooks(options.lab, options.notebook)
     runs = work_folder() / "runs" / profile
@@ -142,9 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
         device = device_name(load_settings(lab, profile, options.model))
         source = work_folder() / "results" / slug(device) / profile / f"{lab}.json"
         print(f"[{number}/{len(notebooks)}] {title(notebook)}", flush=True)
+        model = {"TEACHER" if lab == "distillation" else "MODEL": options.model} if options.model != "embedded" else {}
         start = time.perf_counter()
         try:
-            execute(notebook, target, parameters)
+            execute(notebook, target, parameters | model)
         except PapermillExecutionError as error:
             print(explain(error, notebook, target, options))
             return 1

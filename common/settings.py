@@ -63,26 +63,6 @@ class Settings:
         return {name: getattr(self, name) for name in self.documentation}
 
 
-@dataclass(frozen=True)
-class QuantizationSettings(Settings):
-    """Lab 3.1."""
-
-    bits: int
-    group_size: int
-    nsamples: int
-    batch_size: int
-    study_blocks: int
-    study_nsamples: int
-    curve_nsamples: list
-    sweep_nsamples: int
-    sweep_steps: int
-    sweep_bits: list
-    sweep_group_sizes: list
-
-
-LABS = {"quantization": QuantizationSettings}
-
-
 def slug(text: str) -> str:
     """A folder name for a model spec or a device: letters, digits, dots and dashes."""
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in text.lower()).split())
@@ -107,8 +87,24 @@ def resolve_profile(profile: str) -> str:
     return profile
 
 
+def _table() -> dict[str, dict]:
+    return tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+
+
+def labs() -> list[str]:
+    """The labs that `profiles.toml` has numbers for: "quantization", "pruning", "distillation"."""
+    return [name for name in _table() if name != "shared"]
+
+
+def shared_rows() -> list[str]:
+    """Names of the numbers that all labs have."""
+    return list(_table()["shared"])
+
+
 def _rows(lab: str) -> dict[str, dict]:
-    table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    table = _table()
+    if lab == "shared" or lab not in table:
+        raise ValueError(f"Unknown lab {lab!r}; choose {', '.join(labs())}.")
     return table["shared"] | table[lab]
 
 
@@ -118,15 +114,23 @@ def profile_values(lab: str, profile: str) -> dict:
 
 
 def load_settings(lab: str, profile: str = "auto", model: str = "embedded") -> Settings:
-    """The settings of `lab` ("quantization") at `profile`, typed and checked against `profiles.toml`."""
+    """The settings of `lab` at `profile`: a `Settings` with a typed attribute for every row of `profiles.toml`.
+
+    A row without a value for every profile, or with values of different types, raises TypeError.
+    """
     profile = resolve_profile(profile)
+    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    for name, row in _rows(lab).items():
+        values = [row.get("all", row.get(each)) for each in PROFILES]
+        expected = fields.get(name, type(values[0]))
+        for value in values:
+            if type(value) is not expected or value is None:
+                raise TypeError(f"profiles.toml: {name} = {value!r} should be of type {expected.__name__}.")
     values = profile_values(lab, profile)
-    types = {f.name: f.type for f in dataclasses.fields(LABS[lab])}
-    for name, value in values.items():
-        if type(value) is not types.get(name):
-            raise TypeError(f"profiles.toml: {name} = {value!r} should be of type {types.get(name)}.")
+    own = [(name, type(value)) for name, value in values.items() if name not in fields]
+    settings = dataclasses.make_dataclass(f"{lab.title()}Settings", own, bases=(Settings,), frozen=True)
     documentation = {name: row["doc"] for name, row in _rows(lab).items()}
-    return LABS[lab](lab=lab, profile=profile, model=model, documentation=documentation, **values)
+    return settings(lab=lab, profile=profile, model=model, documentation=documentation, **values)
 
 
 def seed_everything(seed: int) -> None:

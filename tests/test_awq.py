@@ -3,7 +3,8 @@
 import torch
 
 from common.awq import awq_model, channel_scale, round_scaled, search_scale
-from common.quantization import Hessian, QuantizeConfig, output_error, rtn
+from common.compensation import Hessian, output_error
+from common.quantization import QuantizeConfig, rtn
 
 CONFIG = QuantizeConfig(bits=3, group_size=32, mse=False)
 

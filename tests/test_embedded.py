@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from common.assets import load_model, load_tokenizer
+from common.blocks import collect, iter_linears
+from common.compensation import Hessian, output_error
 from common.environment import prepare
 from common.evaluation import evaluate
 from common.gptq_format import load_dequantized, save_gptq
+from common.pruning import METHODS, PruneConfig, model_sparsity, prune, prune_model, prune_once, sparsegpt
 from common.quantization import QuantizeConfig, gptq_model, rtn_model
 from common.text import calibration_windows, load_corpus
 from common.text import test_windows as first_test_windows  # pytest would take the name for a test
@@ -37,11 +40,14 @@ def calibration(settings):
 
 @pytest.fixture(scope="module")
 def quantized(settings, calibration, tmp_path_factory):
-    """(model in place, folder of its checkpoint, seconds) of GPTQ at its best settings, 64 × 512 tokens."""
+    """(model in place, folder of its checkpoint, seconds as multiples of a bare forward pass), 64 × 512 tokens."""
     model = load_model("embedded", settings.dtype)
     start = time.perf_counter()
+    evaluate(model, calibration[:8])
+    forward = (time.perf_counter() - start) * len(calibration) / 8
+    start = time.perf_counter()
     weights = gptq_model(model, calibration, CONFIG)
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) / forward
     assert len(weights) == 210
     folder = tmp_path_factory.mktemp("gptq") / "gptq"
     save_gptq(folder, model, load_tokenizer("embedded"), weights, method="gptq", parent="original")
@@ -55,8 +61,8 @@ def test_baseline_perplexity(settings, tests):
 def test_gptq_perplexity_and_time(quantized, tests):
     model, _, seconds = quantized
     assert evaluate(model, tests).perplexity <= 14.7
-    # 110 s is the goal on two cores; twice that leaves room for a busy machine and still catches a second pass.
-    assert seconds < 220
+    # Machines differ by a factor of four; a pass over the data takes one forward, Hessians and columns as much again.
+    assert seconds < 6
 
 
 def test_checkpoint_is_small_and_exact(settings, quantized):
@@ -84,7 +90,7 @@ def test_libraries_read_our_checkpoint(reader, settings, quantized, tests):
 
 
 def test_shuffled_calibration_hurts(settings, calibration, tests):
-    """Sabotage on the real model: random tokens as calibration text lose to real text, over three seeds."""
+    """Sabotage on the real model: random tokens as calibration text lose to real text."""
     few = tests[:4]
 
     def perplexity(windows):
@@ -92,11 +98,8 @@ def test_shuffled_calibration_hurts(settings, calibration, tests):
         gptq_model(model, windows, CONFIG)
         return evaluate(model, few).perplexity
 
-    real = perplexity(calibration[:8])
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randint(0, 49152, (8, settings.seqlen), generator=generator)
-        assert perplexity(noise) > real
+    noise = torch.randint(0, 49152, (8, settings.seqlen), generator=torch.Generator().manual_seed(0))
+    assert perplexity(noise) > perplexity(calibration[:8])
 
 
 def test_rtn_is_worse_than_gptq(settings, quantized, tests):
@@ -104,3 +107,59 @@ def test_rtn_is_worse_than_gptq(settings, quantized, tests):
     model = load_model("embedded", settings.dtype)
     rtn_model(model, CONFIG)
     assert evaluate(model, few).perplexity > evaluate(quantized[0], few).perplexity
+
+
+# --- pruning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hessians(settings, calibration):
+    """Statistics of the dense model's inputs, 16 × 512 tokens, by layer name."""
+    return collect(load_model("embedded", settings.dtype), calibration[:16], Hessian)
+
+
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, "unstructured"), (0.5, "2:4")])
+def test_sparsegpt_beats_wanda_beats_magnitude(settings, hessians, tests, sparsity, pattern):
+    perplexity = {}
+    for method in METHODS:
+        model = load_model("embedded", settings.dtype)
+        prune_once(model, hessians, PruneConfig(method, sparsity, pattern))
+        assert model_sparsity(model) == pytest.approx(sparsity, abs=0.001)
+        perplexity[method] = evaluate(model, tests[:4]).perplexity
+    assert perplexity["sparsegpt"] < perplexity["wanda"] < perplexity["magnitude"] / 3
+
+
+def test_compensation_lowers_the_error_of_wandas_mask_on_every_layer(settings, hessians):
+    config = PruneConfig("wanda")
+    for name, linear in iter_linears(load_model("embedded", settings.dtype)):
+        weight, hessian = linear.weight.detach().float(), hessians[name].matrix
+        removed, keep = prune(weight, hessians[name], config)
+        updated, _ = sparsegpt(weight, hessian, choose=lambda _, columns, keep=keep: keep[:, columns])
+        assert output_error(weight, updated, hessian) < output_error(weight, removed, hessian), name
+
+
+def test_pruning_on_what_pruned_blocks_hand_on_beats_pruning_once(settings, hessians, calibration, tests):
+    sequential, once = load_model("embedded", settings.dtype), load_model("embedded", settings.dtype)
+    prune_model(sequential, calibration[:16], PruneConfig("wanda"))
+    prune_once(once, hessians, PruneConfig("wanda"))
+    assert evaluate(sequential, tests[:4]).perplexity < evaluate(once, tests[:4]).perplexity
+
+
+def test_shuffled_norms_lose(settings, hessians, tests):
+    """Sabotage: Wanda with another channel's norms is worse than Wanda."""
+    generator = torch.Generator().manual_seed(0)
+
+    class Shuffled:
+        def __init__(self, statistic):
+            self.norms = statistic.norms[torch.randperm(len(statistic.norms), generator=generator)]
+
+    shuffled = {key: Shuffled(statistic) for key, statistic in {id(s): s for s in hessians.values()}.items()}
+    perplexity = {}
+    for label, statistics in {
+        "right": hessians,
+        "shuffled": {name: shuffled[id(statistic)] for name, statistic in hessians.items()},
+    }.items():
+        model = load_model("embedded", settings.dtype)
+        prune_once(model, statistics, PruneConfig("wanda"))
+        perplexity[label] = evaluate(model, tests[:4]).perplexity
+    assert perplexity["right"] < perplexity["shuffled"]

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
+from common.compatibility import for_transformers_4
 from common.gptq_format import load_dequantized, pack_linear, pack_rows, save_gptq, unpack_linear, unpack_rows
 from common.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn, rtn_model
 
@@ -243,3 +244,17 @@ def test_transformers_loads_it_and_computes_the_same(make_llama, windows, tokeni
     np.testing.assert_allclose(logits, expected, atol=0.05)
     if bits < 8:
         assert np.abs(dense - expected).max() > 0.5
+
+
+def test_readers_built_on_transformers_4_find_the_rotary_base(make_llama, tokenizer, tmp_path):
+    """They know no `rope_parameters` and would silently take 10,000: the perplexity rises by a tenth."""
+    model = make_llama(rope_parameters={"rope_type": "default", "rope_theta": 100_000.0})
+    quantized = rtn_model(model, QuantizeConfig(bits=4, group_size=32))
+    folder = save_gptq(tmp_path / "gptq", model, tokenizer, quantized, method="rtn", parent="original").folder
+    assert "rope_theta" not in json.loads((folder / "config.json").read_text())
+    for_transformers_4(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == 100_000.0
+    assert load_dequantized(folder, torch.float32).config.rope_parameters["rope_theta"] == 100_000.0
+    # auto-gptq reads the quantization settings from a file of their own.
+    assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]

@@ -49,8 +49,12 @@ def test_claims_are_checked(file):
 
 
 @each_notebook
-def test_committed_outputs_are_from_one_clean_run(file):
+def test_committed_outputs_are_from_one_clean_run_or_none(file):
     book = nbformat.read(file, as_version=4)
+    if "provenance" not in book.metadata:  # not recorded yet: then it shows nothing at all
+        assert not outputs(file)
+        assert not any(cell.execution_count for cell in cells(file, "code"))
+        return
     assert provenance.stale(book) == "", "record it again: make record NOTEBOOK=..."
     counts = [cell.execution_count for cell in cells(file, "code")]
     assert counts == list(range(1, len(counts) + 1))
@@ -61,7 +65,9 @@ def test_committed_outputs_are_from_one_clean_run(file):
 
 @each_notebook
 def test_committed_figures_exist_for_the_recorded_device(file):
-    recorded = nbformat.read(file, as_version=4).metadata.provenance
+    recorded = nbformat.read(file, as_version=4).metadata.get("provenance")
+    if recorded is None:
+        pytest.skip("not recorded yet")
     mine = [r for r in tables.committed() if r["notebook"] == file.stem and r["device"] == recorded.device]
     assert {"notebook-seconds", "notebook-memory"} <= {r["key"] for r in mine}
 
@@ -77,7 +83,7 @@ def smoke(tmp_path_factory):
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
     command = [sys.executable, "-m", "common.run", "--profile", "smoke"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")  # notebooks find everything from any working directory
-    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=4500)
 
 
 def test_all_notebooks_run_at_smoke(smoke):

@@ -1,27 +1,23 @@
 """Quantization: the grid, RTN, and GPTQ against a slow and obvious NumPy version of the same algorithm."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from conftest import correlated_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from common import quantization
-from common.quantization import Hessian, QuantizeConfig, find_grid, gptq, gptq_model, output_error, rtn, rtn_model
+from common import compensation
+from common.blocks import collect, iter_linears
+from common.compensation import Hessian, output_error
+from common.quantization import QuantizeConfig, find_grid, gptq, gptq_model, gptq_once, rtn, rtn_model
 
 PLAIN = QuantizeConfig(bits=4, group_size=16, sym=False, desc_act=False, mse=False)
-
-
-def correlated_inputs(features: int, tokens: int, seed: int) -> torch.Tensor:
-    """Inputs like a language model's: correlated channels, a few of them much larger than the rest."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(features, features, generator=generator) / features**0.5
-    size = torch.exp(torch.randn(features, generator=generator))
-    return (torch.randn(tokens, features, generator=generator) @ (mixing + 0.3)) * size
 
 
 def layer(rows: int, features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +56,7 @@ def brute_force_obq(weight, hessian, scale, zero, config: QuantizeConfig) -> np.
 @pytest.mark.parametrize("desc_act", [False, True], ids=["in-order", "act-order"])
 @pytest.mark.parametrize(("sym", "mse"), [(False, False), (True, False), (False, True)])
 def test_gptq_is_optimal_brain_quantization(features, desc_act, sym, mse):
-    assert quantization.BLOCK_COLUMNS == 128, "choose the sizes anew: one must cross a block boundary"
+    assert compensation.BLOCK_COLUMNS == 128, "choose the sizes anew: one must cross a block boundary"
     config = QuantizeConfig(bits=3, group_size=16, sym=sym, desc_act=desc_act, mse=mse)
     weight, hessian = layer(rows=12, features=features)
     result = gptq(weight, hessian, config)
@@ -76,7 +72,7 @@ def test_block_size_does_not_change_the_result(monkeypatch):
     weight, hessian = layer(rows=12, features=96)
     results = []
     for columns in (1, 7, 32, 96, 128):
-        monkeypatch.setattr(quantization, "BLOCK_COLUMNS", columns)
+        monkeypatch.setattr(compensation, "BLOCK_COLUMNS", columns)
         results.append(gptq(weight, hessian, PLAIN).codes)
     assert all((codes == results[0]).float().mean() > 0.99 for codes in results)
 
@@ -403,3 +399,44 @@ def test_labels():
     assert QuantizeConfig().label("rtn") == "rtn-w4-g64-asym-mse"  # RTN has no order of columns
     assert PLAIN.label("gptq") == "gptq-w4-g16-asym"
     assert QuantizeConfig(bits=3, group_size=32, sym=True, mse=False).label("gptq") == "gptq-w3-g32-sym-act"
+
+
+# --- pruned weights -------------------------------------------------------------------------------------------------
+
+
+def test_masked_weights_stay_exactly_zero_and_are_compensated():
+    weight, hessian = layer(rows=12, features=160)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    pruned = weight * keep
+    for desc_act in (False, True):
+        config = dataclasses.replace(PLAIN, desc_act=desc_act)
+        masked = gptq(pruned, hessian, config, keep).dequantize()
+        assert not masked[~keep].any()
+        assert gptq(pruned, hessian, config).dequantize()[~keep].any()  # without the mask some are refilled
+        assert output_error(pruned, masked, hessian) < output_error(pruned, rtn(pruned, config).dequantize(), hessian)
+        everything = torch.ones_like(keep)
+        assert torch.equal(gptq(weight, hessian, config, everything).codes, gptq(weight, hessian, config).codes)
+
+
+def test_gptq_once_is_gptq_model_without_the_pass(make_llama, windows):
+    """The same where nothing before has been quantized: the first layers of the first block."""
+    walked, once = make_llama(), make_llama()
+    statistics = collect(once, windows, Hessian)
+    expected, found = gptq_model(walked, windows, PLAIN), gptq_once(once, statistics, PLAIN)
+    assert set(expected) == set(found)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        first = f"model.layers.0.self_attn.{name}"
+        assert torch.equal(expected[first].codes, found[first].codes)
+        assert torch.equal(once.get_submodule(first).weight, found[first].dequantize())
+    last = "model.layers.2.mlp.down_proj"
+    assert not torch.equal(expected[last].codes, found[last].codes)
+
+
+def test_keep_zeros_keeps_a_pruned_model_pruned(llama, windows):
+    with torch.no_grad():
+        for _, linear in iter_linears(llama):
+            linear.weight[:, ::2] = 0
+    gptq_model(llama, windows, PLAIN, keep_zeros=True)
+    for _, linear in iter_linears(llama):
+        assert not linear.weight[:, ::2].any()
+        assert linear.weight[:, 1::2].any()

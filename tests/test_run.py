@@ -52,6 +52,13 @@ def test_parameters_reach_the_notebook(chapter, capsys):
     assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0
 
 
+def test_model_is_the_teacher_in_the_distillation_lab(tmp_path, chapter, capsys):
+    file = chapter('assert (PROFILE, TEACHER) == ("smoke", "some/model")\nassert MODEL == "embedded"')
+    folder = file.parent.with_name("Lab-3.3-Distillation")
+    file.parent.rename(folder)
+    assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0
+
+
 def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsys):
     chapter("wanted = 3\nraise ValueError('group_size 7 does not divide 576')")
     assert run.main(["--profile", "cpu"]) == 1
@@ -83,3 +90,13 @@ def test_smoke_figures_are_never_recorded(chapter, capsys):
     with pytest.raises(SystemExit):
         run.main(["--record", "--profile", "smoke"])
     assert "no smoke profile" in capsys.readouterr().err
+
+
+def test_a_recorded_notebook_has_no_injected_cell_and_counts_from_one():
+    cells = [nbformat.v4.new_code_cell(source, execution_count=n) for n, source in enumerate("abc", start=1)]
+    cells[1].metadata["tags"] = ["injected-parameters"]
+    cells[2].outputs = [nbformat.v4.new_output("execute_result", data={"text/plain": "c"}, execution_count=3)]
+    book = nbformat.v4.new_notebook(cells=cells)
+    run.without_parameters(book)
+    assert [(c.source, c.execution_count) for c in book.cells] == [("a", 1), ("c", 2)]
+    assert book.cells[1].outputs[0].execution_count == 2

@@ -76,7 +76,10 @@ def unpack_linear(tensors: dict[str, Tensor], bits: int) -> Tensor:
 def save_gptq(
     folder: Path, model: nn.Module, tokenizer, quantized: dict[str, QuantizedWeight], *, method: str, parent: str
 ) -> artifacts.Artifact:
-    """Save `model` with the layers named in `quantized` packed, everything else as it is."""
+    """Save `model` with the layers named in `quantized` packed, everything else in 16 bits.
+
+    A model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
+    """
     config = next(iter(quantized.values())).config
     tied = set(model._tied_weights_keys or []) if model.config.tie_word_embeddings else set()
     tensors = {}
@@ -85,7 +88,7 @@ def save_gptq(
         if layer in quantized:
             tensors |= {f"{layer}.{key}": tensor.cpu() for key, tensor in pack_linear(quantized[layer]).items()}
         elif name not in tied:  # a tied output head is the embedding: written once
-            tensors[name] = value.contiguous().cpu()
+            tensors[name] = value.to(torch.bfloat16 if value.dtype == torch.float32 else value.dtype).contiguous().cpu()
 
     def write(path: Path) -> None:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

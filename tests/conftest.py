@@ -55,7 +55,10 @@ def make_llama():
             "initializer_range": 0.2,  # ten times the usual: attention and logits then have something to say
         }
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**config | changes)).float().eval()
+        model = LlamaForCausalLM(LlamaConfig(**config | changes)).float().eval()
+        for parameter in model.parameters():  # 16-bit numbers, as the weights of published models are
+            parameter.data = parameter.data.bfloat16().float()
+        return model
 
     return make
 

@@ -30,6 +30,12 @@ from common.serving.detokenize import Detokenizer
 PROMPTS = [f"{'a b c ' * (n % 5)}Question {n}: what comes after {n * 7}?" for n in range(12)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread_in_services(monkeypatch):
+    """The model is tiny: on a busy machine a service's threads would wait for one another far longer than they work."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture
 def chatty(tokenizer):
     """The tiny tokenizer with a chat template."""

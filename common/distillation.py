@@ -8,7 +8,6 @@ and an index T for logits divided by the temperature:
 Softening divides the gradient by T twice; T² gives it back, so that α means the same at every temperature.
 """
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from common.blocks import decoder_blocks
+from common.structured import drop_blocks
 
 CHUNK = 8192  # tokens whose logits are held at once; changes memory, not the result
 
@@ -36,35 +36,9 @@ def check_tokenizers(teacher, student) -> None:
         )
 
 
-@torch.no_grad()
-def block_influence(model: nn.Module, windows: Tensor) -> Tensor:
-    """How much each decoder block turns the hidden states: 1 - mean cosine of its input and output, [blocks].
-
-    windows: tokens [n, seqlen]. Men et al., 2024, ShortGPT, arXiv:2403.03853.
-    """
-    blocks = decoder_blocks(model)
-    influence = torch.zeros(len(blocks), dtype=torch.float64)
-
-    def watch(index):
-        def hook(_, args, output):
-            output = output[0] if isinstance(output, tuple) else output
-            influence[index] += (1 - F.cosine_similarity(args[0].float(), output.float(), dim=-1)).sum().item()
-
-        return hook
-
-    handles = [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
-    try:
-        for ids in windows:
-            model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return influence / windows.numel()
-
-
-def most_influential(influence: Tensor, keep: int) -> list[int]:
-    """The `keep` blocks with the largest influence, in order."""
-    return sorted(influence.argsort(descending=True)[:keep].tolist())
+def most_influential(influence: list[float], keep: int) -> list[int]:
+    """The `keep` blocks with the largest influence (`common.structured.block_influence`), in order."""
+    return sorted(sorted(range(len(influence)), key=influence.__getitem__, reverse=True)[:keep])
 
 
 def evenly_spaced(blocks: int, keep: int) -> list[int]:
@@ -74,26 +48,11 @@ def evenly_spaced(blocks: int, keep: int) -> list[int]:
 
 def student_from_teacher(teacher: nn.Module, keep: list[int]) -> nn.Module:
     """A copy of `teacher` with only the blocks `keep`, in float32 for training."""
-    blocks = decoder_blocks(teacher)
-    if not keep or not set(keep) <= set(range(len(blocks))):
-        raise ValueError(f"The student needs blocks from 0 to {len(blocks) - 1}, got {keep}.")
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(keep)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in keep]
-    prefix = next(name for name, module in teacher.named_modules() if module is blocks) + "."
-    place = {str(index): str(number) for number, index in enumerate(keep)}
-    state = {}
-    for name, tensor in teacher.state_dict().items():
-        if name.startswith(prefix):
-            index, rest = name.removeprefix(prefix).split(".", 1)
-            if index not in place:
-                continue
-            name = f"{prefix}{place[index]}.{rest}"
-        state[name] = tensor.float()
-    student = type(teacher)(config).float().to(teacher.device)
-    student.load_state_dict(state)
-    return student
+    blocks = range(len(decoder_blocks(teacher)))
+    if not keep or not set(keep) <= set(blocks):
+        raise ValueError(f"The student needs blocks from 0 to {blocks[-1]}, got {keep}.")
+    student = drop_blocks(teacher, [index for index in blocks if index not in keep])
+    return student.float().requires_grad_(True)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

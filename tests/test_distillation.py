@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from common import distillation, soft_labels
 from common.distillation import (
-    block_influence,
     check_tokenizers,
     continuations,
     distillation_loss,
@@ -193,22 +192,8 @@ def decoder_gradients_finite(model):
 # The student
 
 
-def test_influence_of_a_block_that_does_nothing_is_zero(make_llama, windows):
-    model = make_llama(num_hidden_layers=4)
-    for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
-        linear.weight.data.zero_()
-    influence = block_influence(model, windows)
-    assert influence[2].item() == pytest.approx(0, abs=1e-6)
-    assert most_influential(influence, 3) == [0, 1, 3]
-
-
-def test_influence_is_one_minus_the_mean_cosine(llama, windows):
-    states = []
-    for block in llama.model.layers:
-        block.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
-    llama(input_ids=windows)
-    expected = [1 - F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in states]
-    np.testing.assert_allclose(block_influence(llama, windows).numpy(), expected, rtol=1e-4)
+def test_the_most_influential_blocks_stay_in_order():
+    assert most_influential([0.5, 0.2, 0.0, 0.9], 3) == [0, 1, 3]
 
 
 @given(blocks=st.integers(1, 60), data=st.data())

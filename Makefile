@@ -1,5 +1,7 @@
 # make labs      set up, run the notebooks on the embedded model, sum up
 # make test      set up, run all checks and tests
+# make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
+# make figures   set up, draw the figures of the theory documents again
 # make notebook  set up, open JupyterLab on the chapter
 # make loadtest  set up, serve the embedded model and load it with more and more users (4 minutes)
 #
@@ -20,7 +22,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up and only notebooks 04 use them.
 ENGINES := $(if $(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop labs record test lint notebook loadtest tables clean
+.PHONY: setup engines serve-env try-engines interop labs record test lint docs-check figures notebook loadtest tables clean
 
 setup: .venv/.ready
 
@@ -82,12 +84,22 @@ record: setup $(ENGINES)
 	$(BIN)/python -m common.run --record $(LAB_OPTIONS)
 	$(BIN)/python -m common.tables render
 
-test: setup lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 engines serve-env
+	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs-check: setup
+	$(BIN)/python -m common.documents check
+
+figures: setup
+	@set -e; for script in 03-Model_Compression/theory/figures/draw_*.py; do \
+		echo "$$script"; $(BIN)/python "$$script"; \
+	done
 
 notebook: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/03-Model_Compression

@@ -94,7 +94,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 docs-check: setup
-	$(BIN)/python -m common.documents check
+	$(BIN)/python -m documents check
 
 figures: setup
 	@set -e; for script in 03-Model_Compression/theory/figures/draw_*.py; do \

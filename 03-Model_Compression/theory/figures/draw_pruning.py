@@ -1,0 +1,181 @@
+"""Draws the figures of theory/3.2-Pruning.md from committed records and small computations; run as a script."""
+
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common import tables
+from common.plots import BLUE, GREEN, GREY, ORANGE
+from common.settings import ROOT
+
+HERE = Path(__file__).parent
+PROFILES = ROOT / "common" / "profiles.toml"
+COLORS = {"magnitude": ORANGE, "wanda": BLUE, "sparsegpt": GREEN}
+NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+
+
+def device_of(notebook: str, key: str) -> str:
+    """The device whose committed figures are drawn: a GPU where there is one, for its longer evaluation."""
+    devices = {
+        r["device"] for r in tables.committed() if (r["lab"], r["notebook"], r["key"]) == ("pruning", notebook, key)
+    }
+    if not devices:
+        raise LookupError(f"No committed record of {key} from pruning notebook {notebook}: make record LAB=3.2.")
+    return min(devices, key=lambda device: ("NVIDIA" not in device, device))
+
+
+def records(notebook: str, key: str) -> tuple[str, dict[str, dict]]:
+    """That device, and its records of one key by artifact."""
+    device = device_of(notebook, key)
+    wanted = ("pruning", notebook, key, device)
+    found = [r for r in tables.committed() if (r["lab"], r["notebook"], r["key"], r["device"]) == wanted]
+    return device, {r["artifact"]: r for r in found}
+
+
+def entropy(share: Tensor) -> Tensor:
+    """Bits that say where the zeros are, at the least: the binary entropy of their share."""
+    bits = torch.special.xlogy(share, share) + torch.special.xlogy(1 - share, 1 - share)
+    return -bits / math.log(2)
+
+
+def formats(bits: int) -> dict[str, tuple[Callable[[Tensor], Tensor], str, str]]:
+    """Bits per weight of each storage format as a function of sparsity, with color and line style."""
+    return {
+        "dense": (lambda s: torch.full_like(s, bits), "black", "-"),
+        "CSR, 32-bit columns": (lambda s: (1 - s) * (bits + 32), ORANGE, "-"),
+        "CSR, 16-bit columns": (lambda s: (1 - s) * (bits + 16), ORANGE, "--"),
+        "bitmask + values": (lambda s: (1 - s) * bits + 1, BLUE, "-"),
+        "values + entropy of the mask (bound)": (lambda s: (1 - s) * bits + entropy(s), GREY, ":"),
+    }
+
+
+def storage() -> Figure:
+    """Bits per weight against sparsity, for 16-bit and for 4-bit values."""
+    s = torch.linspace(0, 1, 401)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axis, bits in zip(axes, (16, 4), strict=True):
+        for name, (size, color, style) in formats(bits).items():
+            axis.plot(s, size(s), color=color, linestyle=style, label=name)
+        axis.plot(
+            0.5, bits / 2 + 1, "D", color=GREEN, markersize=7, label="2:4 (two 2-bit indices per group)", zorder=3
+        )
+        axis.plot(1 / bits, bits, "o", color=BLUE, zorder=3)
+        for index in (32, 16):
+            axis.plot(index / (bits + index), bits, "o", color=ORANGE, zorder=3)
+        axis.set(xlabel="sparsity", ylabel="bits per weight", title=f"{bits}-bit values", xlim=(0, 1))
+        axis.set_ylim(0, 2 * bits)
+    axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+    figure.suptitle("Where zeros start to save space (dots: break-even with dense)", fontsize=11)
+    return figure
+
+
+def curve() -> Figure:
+    """Left: perplexity against sparsity. Right: the same share of zeros in three patterns."""
+    device, found = records("04-Benchmark_and_Analysis", "perplexity")
+    dense = found["original"]["value"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), width_ratios=(3, 2))
+    for method, color in COLORS.items():
+        points = {
+            int(name.removeprefix(f"{method}-")) / 100: r
+            for name, r in found.items()
+            if name.removeprefix(f"{method}-").isdigit()
+        }
+        at = sorted(points)
+        values, spreads = ([points[s][field] or 0.0 for s in at] for field in ("value", "spread"))
+        left.errorbar([0, *at], [dense, *values], [0, *spreads], fmt="o-", color=color, capsize=3, label=NAMES[method])
+    left.axhline(dense, color=GREY, linestyle="--", label="dense")
+    left.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title="Perplexity against sparsity")
+    left.legend(frameon=False)
+    patterns = {"free": "50", "4:8": "4-8", "2:4": "2-4"}
+    for number, method in enumerate(("wanda", "sparsegpt")):
+        chosen = [found[f"{method}-{suffix}"] for suffix in patterns.values()]
+        places = [place + 0.38 * (number - 0.5) for place in range(len(patterns))]
+        right.bar(
+            places,
+            [r["value"] for r in chosen],
+            0.36,
+            yerr=[r["spread"] or 0.0 for r in chosen],
+            color=COLORS[method],
+            capsize=3,
+            label=NAMES[method],
+        )
+    right.axhline(dense, color=GREY, linestyle="--")
+    right.set_xticks(range(len(patterns)), patterns)
+    right.set(ylabel="perplexity", title="50 % zeros, three patterns")
+    right.legend(frameon=False)
+    figure.suptitle(f"Embedded model, {found['original']['protocol']['windows']} test windows, {device}", fontsize=9)
+    return figure
+
+
+def sensitivity() -> Figure:
+    """What pruning a single block costs, and the sparsities that an allocation by log sensitivity makes of it."""
+    device, found = records("04-Benchmark_and_Analysis", "sensitivity")
+    cost = {int(name.removeprefix("block ")): r["value"] for name, r in found.items() if name.startswith("block ")}
+    blocks = sorted(cost)
+    values = torch.tensor([cost[block] for block in blocks])
+    profile = tomllib.loads(PROFILES.read_text(encoding="utf-8"))["pruning"]
+    total, span = (profile[name]["all"] for name in ("high_sparsity", "owl_span"))
+    scores = values.log()  # as common.allocation.by_importance does
+    density = (scores - scores.min()) / (scores.max() - scores.min()) * 2 * span
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.1))
+    left.bar(blocks, values, color=BLUE)
+    left.set(xlabel="block pruned alone (Wanda, 50 %)", ylabel="KL, nats/token", title="What pruning one block costs")
+    right.plot(blocks, total + density.mean() - density, "o-", color=GREEN)
+    right.axhline(total, color=GREY, linestyle="--", label=f"mean {total:g}")
+    right.set(xlabel="block", ylabel="sparsity", title="Sparsity linear in log KL, same total")
+    right.legend(frameon=False)
+    figure.suptitle(f"Embedded model, {device}", fontsize=9)
+    return figure
+
+
+def speed() -> Figure:
+    """2:4 against dense by number of tokens: what the bytes and the arithmetic allow, and what was measured."""
+    keys = {
+        r["key"]
+        for r in tables.committed()
+        if r["key"].startswith("sparse-speed-") and r["protocol"]["kernel"] == "2:4"
+    }
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    axis.axhspan(16 / 9, 2, color=GREY, alpha=0.35, label="ideal: 16/9 (bytes) to 2 (arithmetic)")
+    axis.axhline(1, color="black", linewidth=0.8)
+    measured: dict[str, dict[int, float]] = {}
+    for key in keys:
+        device, found = records("03-Inference", key)
+        for artifact, r in found.items():
+            measured.setdefault(artifact, {})[r["protocol"]["tokens"]] = r["value"]
+    for (artifact, points), color in zip(sorted(measured.items()), (BLUE, ORANGE), strict=False):
+        at = sorted(points)
+        axis.plot(at, [points[tokens] for tokens in at], "o-", color=color, label=artifact)
+    axis.set(xscale="log", xlabel="tokens multiplied at once", ylabel="speed relative to dense", ylim=(0, 2.2))
+    axis.set_title(f"2:4 kernel, {device}")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.66))
+    return figure
+
+
+FIGURES = {
+    "pruning-storage": storage,
+    "pruning-curve": curve,
+    "pruning-sensitivity": sensitivity,
+    "pruning-2-4-speed": speed,
+}
+
+
+def main(folder: Path = HERE) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "pruning"
+    for name, draw in FIGURES.items():
+        draw().savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Draws the figures of theory/3.1-Quantization.md from small computations and committed records; run as a script."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.compensation import Hessian, inverse_cholesky
+from common.plots import BLUE, GREEN, GREY, ORANGE
+from common.quantization import QuantizeConfig, gptq, rtn
+from common.tables import committed
+
+HERE = Path(__file__).parent
+PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM by NVIDIA's data sheet: dense BF16 FLOP/s, HBM3 bytes/s
+BITS = 4 + (16 + 4) / 64  # 4 bits in groups of 64, with a scale and a zero point each
+
+
+def round_to(w: Tensor, bits: int, limit: float) -> Tensor:
+    """The nearest of 2^bits evenly spaced values from -limit to limit."""
+    step = 2 * limit / (2**bits - 1)
+    return ((w.clamp(-limit, limit) + limit) / step).round() * step - limit
+
+
+def rounding() -> Figure:
+    """Left: error against bits, measured and by formula. Right: error against the clipping limit."""
+    w = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.3))
+    bits = list(range(1, 9))
+    measured = [(w - round_to(w, b, 5.0)).square().mean().sqrt() for b in bits]
+    left.plot(bits, [10 / (2**b - 1) / 12**0.5 for b in bits], color=GREY, label="Δ / √12")
+    left.plot(bits, measured, "o", color=BLUE, label="measured")
+    left.set(yscale="log", xlabel="bits", ylabel="root mean squared error", title="Range fixed at ±5 std")
+    left.legend(frameon=False)
+    limits = torch.linspace(0.6, 5, 90).tolist()
+    for b, color in ((2, ORANGE), (3, GREEN), (4, BLUE)):
+        errors = [(w - round_to(w, b, c)).square().mean().item() for c in limits]
+        best = min(range(len(limits)), key=errors.__getitem__)
+        right.plot(limits, errors, color=color, label=f"{b} bits: best at {limits[best]:.1f}")
+        right.plot(limits[best], errors[best], "o", color=color)
+    right.set(yscale="log", xlabel="clipping limit c, in std", ylabel="mean squared error")
+    right.set_title("Clip more (left) or round coarser (right)")
+    right.legend(frameon=False)
+    return figure
+
+
+def compensation() -> Figure:
+    """Cost of each column with and without compensation, and the output errors that they predict."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 16, generator=generator) @ torch.randn(16, 4096, generator=generator)
+    size = torch.logspace(-0.7, 0.7, 64)[torch.randperm(64, generator=generator)]
+    inputs = (mixing / 4 + torch.randn(64, 4096, generator=generator) / 2) * size[:, None]  # correlated, of many sizes
+    weight = torch.randn(64, 64, generator=generator)
+    statistic = Hessian(64, inputs)
+    statistic.add(inputs.T.contiguous())
+    H = statistic.matrix
+    order = H.diagonal().argsort(descending=True)
+    costs = {
+        "RTN": H.diagonal(),
+        "GPTQ": inverse_cholesky(H, 0.01).diagonal() ** -2,
+        "GPTQ, act-order": inverse_cholesky(H[order][:, order], 0.01).diagonal() ** -2,
+    }
+    plain, act = (QuantizeConfig(4, 64, sym=False, desc_act=desc_act, mse=False) for desc_act in (False, True))
+    results = (rtn(weight, plain), gptq(weight, H, plain), gptq(weight, H, act))
+    changes = [weight - result.dequantize() for result in results]
+    measured = [(change @ H * change).sum().item() for change in changes]
+    predicted = [cost.sum().item() for cost in costs.values()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.3))
+    for (name, cost), color in zip(costs.items(), (ORANGE, BLUE, GREEN), strict=True):
+        left.plot(range(1, 65), cost.sort(descending=True).values, color=color, label=name)
+    left.set(yscale="log", xlabel="columns, most expensive first", ylabel="cost of rounding it", title="Per column")
+    left.legend(frameon=False)
+    places = torch.arange(3)
+    right.bar(places - 0.2, [p / predicted[0] for p in predicted], 0.38, color=GREY, label="predicted")
+    right.bar(places + 0.2, [m / measured[0] for m in measured], 0.38, color=BLUE, label="measured")
+    right.set_xticks(places, list(costs))
+    right.set(ylabel="output error, RTN = 1", title="All columns, 4 bits")
+    right.legend(frameon=False)
+    return figure
+
+
+def newest_sweep() -> tuple[str, dict[str, dict]]:
+    """The device with the most settings in its sweep, and its perplexity records by artifact."""
+    sweeps: dict[str, dict[str, dict]] = {}
+    for r in committed():
+        if (r["lab"], r["notebook"], r["key"]) == ("quantization", "02-Quantize", "perplexity"):
+            sweeps.setdefault(r["device"], {})[r["artifact"]] = r
+    device = max(sorted(sweeps), key=lambda name: len(sweeps[name]))
+    return device, sweeps[device]
+
+
+def setting(artifact: str) -> str:
+    """`gptq-w4-g64-asym-mse-act` as it is shown beside a bar."""
+    names = {"bnb-nf4": "bitsandbytes NF4", "bnb-int8": "bitsandbytes INT8"}
+    method, *parts = artifact.split("-")
+    words = {"w": "{} bit", "g": "g{}"}
+    shown = [words[part[0]].format(part[1:]) if part[0] in words and part[1:].isdigit() else part for part in parts]
+    return names.get(artifact) or ", ".join([method.upper(), *shown])
+
+
+def sweep() -> Figure:
+    """What every setting adds to the perplexity, on the device with the longest sweep."""
+    device, records = newest_sweep()
+    base = records.pop("original")
+    rows = sorted(records.values(), key=lambda r: r["value"], reverse=True)
+    colors = {"rtn": ORANGE, "gptq": BLUE, "awq": GREEN}
+    figure, axis = plt.subplots(figsize=(8.4, 0.27 * len(rows) + 1.2))
+    for place, r in enumerate(rows):
+        color = colors.get(r["artifact"].split("-")[0], GREY)
+        axis.plot(r["value"] - base["value"], place, "o", color=color)
+    axis.set_yticks(range(len(rows)), [setting(r["artifact"]) for r in rows], fontsize=8)
+    for name, color in {"RTN": ORANGE, "GPTQ": BLUE, "AWQ": GREEN, "bitsandbytes": GREY}.items():
+        axis.plot([], [], "o", color=color, label=name)
+    protocol = base["protocol"]
+    stated = f"{protocol['corpus']}, {protocol['windows']} windows of {protocol['seqlen']} tokens"
+    axis.set(xscale="log", xlabel=f"perplexity above the original's {base['value']:.2f} ({stated})")
+    axis.set_title(f"Every setting, on {device}")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def seconds(batch: float, bits: float) -> float:
+    """Time for one weight by the roofline: reading it, or multiplying with it, whichever takes longer."""
+    return max(bits / 8 / BANDWIDTH, 2 * batch / PEAK)
+
+
+def measured_speedups() -> dict[str, dict[int, float]]:
+    """Decoding throughput with 4 bits over that with 16, by device and batch, as committed."""
+    rates: dict[str, dict[str, float]] = {}
+    for r in committed():
+        if (r["lab"], r["notebook"]) == ("quantization", "03-Inference") and r["key"].startswith("throughput-b"):
+            rates.setdefault(r["device"], {})[f"{r['artifact']} {r['key'].removeprefix('throughput-b')}"] = r["value"]
+    return {
+        device: {
+            int(name.split()[1]): rate / given[f"original {name.split()[1]}"]
+            for name, rate in given.items()
+            if name.startswith("gptq")
+        }
+        for device, given in rates.items()
+    }
+
+
+def roofline() -> Figure:
+    """Left: the roofline and where decoding and prefill lie. Right: what it lets 4 bits gain, and what we measured."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6))
+    intensity = torch.logspace(-0.3, 4, 100)
+    left.plot(intensity, (intensity * BANDWIDTH).clamp(max=PEAK) / 1e12, color=GREY, linewidth=2)
+    loads = {"decode, batch 1": (1, "o"), "decode, batch 32": (32, "s"), "prefill, 2048 tokens": (2048, "^")}
+    for name, (batch, marker) in loads.items():
+        for bits, color in ((16, ORANGE), (BITS, BLUE)):
+            x = 16 * batch / bits
+            left.plot(x, min(x * BANDWIDTH, PEAK) / 1e12, marker, color=color)
+        left.plot([], [], marker, color="black", linestyle="", label=name)
+    for bits, color in (("16 bits", ORANGE), (f"{BITS} bits", BLUE)):
+        left.plot([], [], color=color, linewidth=6, label=bits)
+    left.set(xscale="log", yscale="log", xlabel="FLOP per byte of weights", ylabel="TFLOP/s at most")
+    left.set_title("Roofline of an H100 SXM (data sheet)")
+    left.legend(frameon=False, fontsize=8)
+    batches = torch.logspace(0, 3.2, 200).tolist()
+    right.plot(batches, [seconds(b, 16) / seconds(b, BITS) for b in batches], color=GREY, label="roofline, H100 SXM")
+    for (device, gains), color in zip(sorted(measured_speedups().items()), (ORANGE, BLUE, GREEN), strict=False):
+        right.plot(
+            sorted(gains), [gains[b] for b in sorted(gains)], "o-", color=color, label=device.split(" Processor")[0]
+        )
+    right.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    right.set(xscale="log", xlabel="sequences decoded together", ylabel="speed, 16 bits = 1", ylim=(0, 4.1))
+    right.set_title("What 4 bits gain: bound, and a 135M model")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "quantization-rounding": rounding,
+    "quantization-compensation": compensation,
+    "quantization-sweep": sweep,
+    "quantization-roofline": roofline,
+}
+
+
+def main(folder: Path = HERE) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "quantization"
+    for name, draw in FIGURES.items():
+        draw().savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from documents.check import main
+
+main()

@@ -12,6 +12,10 @@
 #
 # Narrow down:   make labs LAB=3.1 NOTEBOOK=02 PROFILE=smoke MODEL=... GPU_MEMORY=15
 
+# Threads that wait for one another sleep instead of spinning: on two cores, any other program that computes would
+# otherwise make small tensor operations 5 to 40 times slower (measured; alone on the machine it makes no difference).
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-assets.txt constraints.txt pyproject.toml
@@ -19,8 +23,8 @@ REQUIREMENTS := requirements.txt requirements-dev.txt requirements-assets.txt co
 LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK)) $(if $(PROFILE),--profile $(PROFILE)) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY))
 
-# The engines take minutes to set up and only notebooks 04 use them.
-ENGINES := $(if $(filter-out 04%,$(NOTEBOOK)),,try-engines)
+# The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
+ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
 .PHONY: setup engines serve-env try-engines interop labs record test lint docs-check figures notebook loadtest tables clean
 

@@ -180,7 +180,7 @@ def continuations(
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=new,
-                min_new_tokens=new,  # windows are full: an end of text inside is text too
+                min_new_tokens=new,  # windows are full: it may not end its text early
                 pad_token_id=0,
             ).cpu()
         )

@@ -19,7 +19,7 @@ def distributions(rows: dict[str, dict[str, float]], title: str) -> Figure:
 
 
 def influences(values: list[float], kept: list[int], title: str) -> Figure:
-    """Influence of each block on a logarithmic axis, those that are kept kepted."""
+    """Influence of each block on a logarithmic axis, those that are kept in blue."""
     figure, axis = plt.subplots(figsize=(7, 2.8))
     axis.bar(range(len(values)), values, color=[BLUE if i in kept else GREY for i in range(len(values))])
     axis.set_yscale("log")

@@ -7,9 +7,9 @@ from common import tables
 RECORDS = tables.committed()
 
 
-def devices(notebook: str) -> list[str]:
-    """Machines on which a pruning notebook was measured."""
-    return sorted({r["device"] for r in RECORDS if (r["lab"], r["notebook"]) == ("pruning", notebook)})
+def devices(notebook: str, lab: str = "pruning") -> list[str]:
+    """Machines on which a notebook was measured."""
+    return sorted({r["device"] for r in RECORDS if (r["lab"], r["notebook"]) == (lab, notebook)})
 
 
 def figures(device: str, lab: str, notebook: str, key: str) -> dict[str, float]:
@@ -62,3 +62,49 @@ def test_packed_files_are_smaller(device):
     dense = figures(device, "pruning", "02-Prune", "layout-bytes")
     packed = figures(device, "pruning", "02-Prune", "bytes")
     assert packed["wanda"] < 0.7 * dense["original / pruned, stored dense"] < dense["pruned, CSR"]
+
+
+# --- quantization and deployment ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", devices("03-Inference", "quantization"))
+def test_quantization_is_as_good_as_the_libraries(device):
+    """llm-compressor on the same tokens: 14.73 (FACTS, 4 bits, groups of 64, asymmetric)."""
+    perplexity = figures(device, "quantization", "03-Inference", "perplexity")
+    assert perplexity["original"] == pytest.approx(12.66, abs=0.05)
+    assert perplexity["gptq"] <= 14.73
+
+
+@pytest.mark.parametrize("device", devices("02-Quantize", "quantization"))
+def test_the_file_has_the_size_that_the_text_explains(device):
+    size = figures(device, "quantization", "02-Quantize", "bytes")
+    assert size["gptq"] == 114_620_808  # the same on every machine
+
+
+def test_engines_were_measured():
+    assert devices("04-Deploy", "quantization")
+
+
+@pytest.mark.parametrize("device", devices("04-Deploy", "quantization"))
+def test_llama_cpp_computes_the_same_and_fewer_bits_cost_more(device):
+    top1 = figures(device, "quantization", "04-Deploy", "engine-top1")
+    assert top1["gguf-f16"] >= 0.99
+    kl = figures(device, "quantization", "04-Deploy", "engine-kl")
+    assert kl["gguf-f16"] < kl["gguf-Q8_0"] < kl["gguf-Q4_K_M"] < kl["gguf-Q2_K"]
+    assert kl["gguf-gptq → Q4_K_M"] > kl["gguf-Q4_K_M"]  # rounded twice
+
+
+@pytest.mark.parametrize("device", devices("04-Deploy", "quantization"))
+def test_batching_pays_and_the_service_costs_little(device):
+    assert figures(device, "quantization", "04-Deploy", "batching-gain")["gptq"] >= 2.5
+    assert figures(device, "quantization", "04-Deploy", "service-overhead")["gptq"] <= 0.05
+
+
+# --- distillation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", devices("03-Distill_Student", "distillation"))
+def test_the_teacher_is_worth_listening_to(device):
+    kl = figures(device, "distillation", "03-Distill_Student", "trained-kl")
+    assert max(kl["CE + KD"], kl["KD only"]) < kl["CE only"]
+    assert kl["KD only"] < kl["shuffled teacher"]

@@ -11,6 +11,7 @@ CPU = torch.device("cpu")
 
 
 def test_decoder_computes_the_models_next_token(llama):
+    llama = llama.double()  # the cache changes the order of sums: in float32 that shows in the fifth digit
     torch.manual_seed(3)
     decoder = Decoder(llama, batch=2, context=12)
     torch.manual_seed(3)

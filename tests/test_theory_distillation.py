@@ -1,38 +1,24 @@
 """The worked numbers of theory/3.3: its blocks are run again, and its table computed a second time with `common`."""
 
-import contextlib
-import io
-import json
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from theory_tools import WORKED, read, run_blocks
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from common.distillation import distillation_loss, kd_loss, top_k_kd_loss
-from common.settings import ROOT
 from common.soft_labels import top_k_and_tail
 
-DOCUMENT = ROOT / "03-Model_Compression" / "theory" / "3.3-Knowledge_Distillation.md"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
-WORKED = re.compile(r"<!-- worked -->\n(.*?)<!-- /worked -->", re.DOTALL)
+NAME = "3.3-Knowledge_Distillation"
+TEXT = read(NAME)
 NUMBER = re.compile(r"−?\d+\.\d{4}(?!\d)")
-STEP = re.compile(r"\[(0\d) Step (\d)：([^\]]+)\]\(([^)#]+\.ipynb)#[^)]+\)")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blocks() -> tuple[dict, list[tuple[str, str]]]:
-    """The names that the blocks leave behind, and (what each prints, what the document says it prints)."""
-    names, printed = {}, []
-    for code, stated in BLOCK.findall(TEXT):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, DOCUMENT.name, "exec"), names)
-        printed.append((out.getvalue(), stated))
-    return names, printed
+    return run_blocks(NAME)
 
 
 def differentiate(loss, z: torch.Tensor) -> torch.Tensor:
@@ -73,12 +59,6 @@ def check_table(text: str, expected: list[list[float]]) -> None:
     (table,) = WORKED.findall(text)
     rows = [NUMBER.findall(line) for line in table.splitlines()[2:]]
     assert rows == [[f"{value:.4f}".replace("-", "−") for value in row] for row in expected]
-
-
-def test_every_block_prints_what_the_document_says(blocks):
-    assert len(blocks[1]) == TEXT.count("```python\n") > 0
-    for printed, stated in blocks[1]:
-        assert printed == stated
 
 
 def test_the_table_is_what_common_computes(blocks):
@@ -129,22 +109,3 @@ def test_bert_of_six_layers_has_the_parameters_it_says():
     with torch.device("meta"):
         model = BertModel(BertConfig(num_hidden_layers=6))
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" in TEXT
-
-
-def test_every_step_it_names_is_in_that_notebook():
-    steps = STEP.findall(TEXT)
-    assert len(steps) > 15
-    for notebook, number, title, path in steps:
-        file = (DOCUMENT.parent / path).resolve()
-        assert file.name.startswith(notebook)
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        headings = [line for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"]]
-        assert any(line.startswith(f"## Step {number}：{title}") for line in headings), f"{file.name}: {title}"
-
-
-def test_figures_are_drawn_and_all_are_shown(tmp_path):
-    script = DOCUMENT.parent / "figures" / "draw_distillation.py"
-    runpy.run_path(str(script))["main"](tmp_path)
-    drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == {Path(link).name for link in re.findall(r"!\[[^\]]+\]\((figures/[^)]+)\)", TEXT)}
-    assert all((script.parent / name).exists() for name in drawn)

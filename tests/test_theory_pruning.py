@@ -1,29 +1,21 @@
 """The worked numbers of theory/3.2: its blocks are run again, and its tables computed a second time with `common`."""
 
-import contextlib
-import io
-import json
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from theory_tools import WORKED, read, run_blocks
 
 from common.allocation import by_importance
 from common.compensation import inverse_cholesky, output_error
 from common.pruning import PruneConfig, keep_highest, prune, sparsegpt, wanda_scores
 from common.quantization import Grid, QuantizeConfig, gptq
-from common.settings import ROOT
 from common.sparse_format import csr_bytes, packed_bytes
 from common.tables import committed
 
-DOCUMENT = ROOT / "03-Model_Compression" / "theory" / "3.2-Pruning.md"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
-WORKED = re.compile(r"<!-- worked -->\n(.*?)<!-- /worked -->", re.DOTALL)
+NAME = "3.2-Pruning"
+TEXT = read(NAME)
 NUMBER = re.compile(r"(?<![\d.])\d+\.\d{4}(?!\d)")
-STEP = re.compile(r"\[(0\d) (?:Step \d：)?([^\]]+)\]\((\.\./Lab-3\.2-Pruning/[^)#]+\.ipynb)#[^)]+\)")
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
@@ -42,15 +34,9 @@ class Diagonal(Statistic):
         self.matrix = self.matrix.diagonal().diag()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blocks() -> tuple[dict, list[tuple[str, str]]]:
-    """The names that the blocks leave behind, and (what each prints, what the document says it prints)."""
-    names, printed = {}, []
-    for code, stated in BLOCK.findall(TEXT):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, DOCUMENT.name, "exec"), names)
-        printed.append((out.getvalue(), stated))
-    return names, printed
+    return run_blocks(NAME)
 
 
 def config(method: str) -> PruneConfig:
@@ -104,12 +90,6 @@ def check_table(text: str, expected: list[tuple[list[str], list[float]]]) -> Non
     for line, (masks, losses) in zip(table.splitlines()[2:], expected, strict=True):
         assert re.findall(r"(?<![\d.])[01]{4}(?![\d.])", line) == masks
         assert NUMBER.findall(line) == [f"{value:.4f}" for value in (*losses, sum(losses))]
-
-
-def test_every_block_prints_what_the_document_says(blocks):
-    assert len(blocks[1]) == TEXT.count("```python\n") > 0
-    for printed, stated in blocks[1]:
-        assert printed == stated
 
 
 def test_the_table_is_what_common_computes(blocks):
@@ -250,24 +230,3 @@ def test_answers_to_the_exercises(blocks):
         assert best(costs.tolist(), beta, 0.7).tolist() == pytest.approx(sparsities, abs=1e-4)
     mistaken = (costs * (5 * best(costs.tolist(), 10, 0.7)).exp()).sum() / (5 * torch.tensor(3.5).exp())
     assert mistaken.item() == pytest.approx(0.849, abs=1e-3)
-
-
-def test_every_step_it_names_is_in_that_notebook():
-    steps = STEP.findall(TEXT)
-    assert len(steps) > 20
-    for notebook, title, path in steps:
-        file = (DOCUMENT.parent / path).resolve()
-        assert file.name.startswith(notebook)
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        headings = [
-            line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()
-        ]
-        assert any(line.startswith("#") and title in line for line in headings), f"{file.name}: {title}"
-
-
-def test_figures_are_drawn_and_all_are_shown(tmp_path):
-    script = DOCUMENT.parent / "figures" / "draw_pruning.py"
-    runpy.run_path(str(script))["main"](tmp_path)
-    drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == {Path(link).name for link in re.findall(r"!\[[^\]]+\]\((figures/[^)]+)\)", TEXT)}
-    assert all((script.parent / name).exists() for name in drawn)

@@ -1,16 +1,12 @@
 """The worked numbers of theory/3.1: its blocks are run again, and its table computed a second time with `common`."""
 
-import contextlib
-import io
-import json
 import re
-import runpy
 from itertools import product
 from math import isclose
-from pathlib import Path
 
 import pytest
 import torch
+from theory_tools import WORKED, read, run_blocks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.awq import channel_scale
@@ -18,28 +14,18 @@ from common.blocks import iter_linears
 from common.compensation import Hessian, inverse_cholesky, output_error
 from common.gptq_format import pack_linear
 from common.quantization import QuantizeConfig, gptq, rtn
-from common.settings import ROOT
 from common.tables import committed
 
-DOCUMENT = ROOT / "03-Model_Compression" / "theory" / "3.1-Quantization.md"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
-WORKED = re.compile(r"<!-- worked -->\n(.*?)<!-- /worked -->", re.DOTALL)
+NAME = "3.1-Quantization"
+TEXT = read(NAME)
 NUMBER = re.compile(r"[−-]?\d+\.\d{4}(?!\d)")
-STEP = re.compile(r"\[(0\d) ([^\]]+)\]\((\.\./Lab-3\.1[^)#]+\.ipynb)#[^)]+\)")
 PLAIN = QuantizeConfig(bits=2, group_size=3, sym=False, desc_act=False, mse=False, damp_percent=0.01)
 ACT = QuantizeConfig(bits=2, group_size=3, sym=False, desc_act=True, mse=False, damp_percent=0.01)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blocks() -> tuple[dict, list[tuple[str, str]]]:
-    """The names that the blocks leave behind, and (what each prints, what the document says it prints)."""
-    names, printed = {}, []
-    for code, stated in BLOCK.findall(TEXT):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, DOCUMENT.name, "exec"), names)
-        printed.append(("\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n", stated))
-    return names, printed
+    return run_blocks(NAME)
 
 
 def in_turn(W: torch.Tensor, H: torch.Tensor, nearest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,12 +94,6 @@ def check_table(text: str, expected: list[list[float]]) -> None:
     assert [len(row) for row in rows] == [len(row) for row in expected]
     for row, values in zip(rows, expected, strict=True):
         assert row == pytest.approx(values, abs=6e-5)
-
-
-def test_every_block_prints_what_the_document_says(blocks):
-    assert len(blocks[1]) == TEXT.count("```python\n") > 8
-    for printed, stated in blocks[1]:
-        assert printed == stated
 
 
 def test_the_table_is_what_common_computes(blocks):
@@ -214,22 +194,3 @@ def test_exercise_3():
     assert found.tolist() == [[1.0, 0.0]]
     loss = [((W - q) @ H * (W - q)).sum().item() / 2 for q in (W.round(), found)]
     assert loss == pytest.approx([0.48, 0.28], abs=1e-6)
-
-
-def test_every_step_it_names_is_in_that_notebook():
-    steps = STEP.findall(TEXT)
-    assert len(steps) > 25
-    for notebook, title, path in steps:
-        file = (DOCUMENT.parent / path).resolve()
-        assert file.name.startswith(notebook)
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        lines = [line.lstrip("#").strip() for c in cells if c["cell_type"] == "markdown" for line in c["source"]]
-        assert any(line.startswith(title) for line in lines), f"{file.name}: {title}"
-
-
-def test_figures_are_drawn_and_all_are_shown(tmp_path):
-    script = DOCUMENT.parent / "figures" / "draw_quantization.py"
-    runpy.run_path(str(script))["main"](tmp_path)
-    drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == {Path(link).name for link in re.findall(r"!\[[^\]]+\]\((figures/[^)]+)\)", TEXT)}
-    assert all((script.parent / name).exists() for name in drawn)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import bibtexparser
 
-from documents.markdown import CHAPTER, Document, Finding, links
+from common.run import CHAPTER
+from documents.markdown import Document, Finding, links
 
 BIB = CHAPTER / "theory" / "references.bib"
 RENDERED = BIB.with_suffix(".md")

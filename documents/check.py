@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import autocorrect_py
 
 from common import tables
+from common.run import find_notebooks
 from common.settings import ROOT
 from documents import bibliography
 from documents.code import failing_code, invented_messages, literals
@@ -31,7 +32,6 @@ from documents.markdown import (
     cells,
     headings,
     links,
-    notebooks,
     prose,
     read,
     without,
@@ -211,7 +211,7 @@ def check_document(document: Document, rules: list[tuple[str, str, list[str]]], 
 
 def check(paths: Iterable[Path] = ()) -> list[Finding]:
     """Everything, or only what concerns the documents and notebooks at `paths`."""
-    everything = [document for path in [*tables.documents(), *notebooks()] for document in read(path)]
+    everything = [document for path in [*tables.documents(), *find_notebooks()] for document in read(path)]
     rules, code = glossary(GUIDE.read_text(encoding="utf-8")), literals()
     chosen = {path.resolve() for path in paths} or {document.path for document in everything}
     findings = [

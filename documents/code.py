@@ -8,8 +8,9 @@ import re
 import traceback
 from collections.abc import Iterator
 
+from common.run import find_notebooks
 from common.settings import ROOT
-from documents.markdown import Document, Finding, cells, notebooks, python_blocks, sections
+from documents.markdown import Document, Finding, cells, python_blocks, sections
 
 MARGIN = " '\".,:;()"
 VALUE = re.compile(r"…|'[^']*'|\([^)]*\)|Lab-[\w./-]+|[\d.,]*\d")  # what a message fills in
@@ -35,7 +36,7 @@ def sources() -> Iterator[str]:
     for folder in ("common", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             yield path.read_text(encoding="utf-8")
-    for notebook in notebooks():
+    for notebook in find_notebooks():
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 yield "".join(cell["source"])

@@ -10,8 +10,6 @@ from textwrap import dedent
 
 from common.settings import ROOT
 
-CHAPTER = ROOT / "03-Model_Compression"
-
 FENCE = re.compile(
     r"^(?P<indent>[ >]*)(?P<mark>```+|~~~+)(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^[ >]*(?P=mark) *$", re.M | re.S
 )
@@ -68,11 +66,6 @@ def read(path: Path) -> list[Document]:
     return [
         Document(path, "".join(cell["source"]), number) for number, cell in cells if cell["cell_type"] == "markdown"
     ]
-
-
-def notebooks() -> list[Path]:
-    """The chapter's notebooks."""
-    return [path for path in sorted(CHAPTER.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
 
 
 def without(text: str, *patterns: re.Pattern) -> str:

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from common.run import find_notebooks
 from common.settings import ROOT
 from documents import bibliography, check, quantities
 from documents import code as document_code
 from documents.check import GUIDE, LAB_SECTIONS
-from documents.markdown import Document, Finding, anchors, notebooks, read, slug
+from documents.markdown import Document, Finding, anchors, read, slug
 
 LAB = "# Lab 3.9: 名稱 - 副標\n\n" + "".join(f"## {n}. {title}\n\n文字\n\n" for n, title in enumerate(LAB_SECTIONS, 1))
 THEORY = """# 第 3.9 章：名稱 (Name)
@@ -246,6 +247,6 @@ def test_the_command_lists_findings_and_fails(monkeypatch, capsys):
 
 def test_all_notebooks_are_recorded_where_the_readme_says_so():
     if "十二個 notebook 都附上執行過的輸出" in (ROOT / "README.md").read_text(encoding="utf-8"):
-        found = {path: json.loads(path.read_text(encoding="utf-8"))["metadata"] for path in notebooks()}
+        found = {path: json.loads(path.read_text(encoding="utf-8"))["metadata"] for path in find_notebooks()}
         assert len(found) == 12
         assert not [path.name for path, metadata in found.items() if "provenance" not in metadata]

@@ -28,7 +28,8 @@ CONFIG = QuantizeConfig(bits=4, group_size=64, sym=False, desc_act=True, mse=Tru
 @pytest.fixture(scope="module")
 def settings():
     torch.set_num_threads(2)
-    return prepare("quantization", "cpu")
+    yield prepare("quantization", "cpu")
+    torch.set_num_threads(1)  # as everywhere else
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def smoke(tmp_path_factory):
     return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=4500)
 
 
+@pytest.mark.timeout(4600)
 def test_all_notebooks_run_at_smoke(smoke):
     assert smoke.returncode == 0, smoke.stdout[-3000:] + smoke.stderr[-2000:]
     for file in NOTEBOOKS:

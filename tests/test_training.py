@@ -94,20 +94,24 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train_until_killed(folder, llama, data, step):
+    torch.set_num_threads(1)  # as the fixture `one_thread` does where the other runs train
+    it = trainer(folder, llama, data)
+    it.add_callback(KillAt(step))
+    it.train()
+
+
 def test_training_resumes_bit_for_bit_after_a_kill(tmp_path, llama, text, labels):
     """A process is killed at step 5 of 8; another goes on from the checkpoint of step 4."""
     data = WindowDataset(text, labels)
     whole = trainer(tmp_path / "whole", llama, data)
     whole.train()
 
-    def doomed():
-        it = trainer(tmp_path / "part", llama, data)
-        it.add_callback(KillAt(5))
-        it.train()
-
-    process = multiprocessing.get_context("fork").Process(target=doomed)
+    # "spawn": a fork of a process that has run threads (torch's own, a server's) can wait for ever for their locks.
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=train_until_killed, args=(tmp_path / "part", llama, data, 5))
     process.start()
-    process.join()
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     resumed = trainer(tmp_path / "part", llama, data)
     resumed.train(resume_from_checkpoint=True)

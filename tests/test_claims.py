@@ -1,5 +1,7 @@
 """What the course promises of its committed figures, whatever machine they came from."""
 
+from itertools import combinations
+
 import pytest
 
 from common import tables
@@ -12,10 +14,28 @@ def devices(notebook: str, lab: str = "pruning") -> list[str]:
     return sorted({r["device"] for r in RECORDS if (r["lab"], r["notebook"]) == (lab, notebook)})
 
 
-def figures(device: str, lab: str, notebook: str, key: str) -> dict[str, float]:
-    """Artifact → value of one key."""
+def figures(device: str, lab: str, notebook: str, key: str, what: str = "value") -> dict[str, float]:
+    """Artifact → value, or spread, of one key."""
     wanted = (device, lab, notebook, key)
-    return {r["artifact"]: r["value"] for r in RECORDS if (r["device"], r["lab"], r["notebook"], r["key"]) == wanted}
+    return {r["artifact"]: r[what] for r in RECORDS if (r["device"], r["lab"], r["notebook"], r["key"]) == wanted}
+
+
+def on_both() -> list[tuple[str, str, str, str]]:
+    """(lab, notebook, CPU, GPU) for every notebook whose perplexities were recorded on both."""
+    where = {(r["lab"], r["notebook"], r["device"]) for r in RECORDS if r["key"] == "perplexity"}
+    pairs = [(*a[:2], a[2], b[2]) for a in where for b in where if a[:2] == b[:2]]
+    return sorted(pair for pair in pairs if "CPU" in pair[2] and "NVIDIA" in pair[3])
+
+
+@pytest.mark.parametrize(("lab", "notebook", "cpu", "gpu"), on_both())
+def test_methods_rank_the_same_on_cpu_and_gpu(lab, notebook, cpu, gpu):
+    """What stands in another order on the CPU, which saw fewer windows, differs there by less than it can tell."""
+    few, many = (figures(device, lab, notebook, "perplexity") for device in (cpu, gpu))
+    errors = figures(cpu, lab, notebook, "perplexity", "spread")
+    pairs = list(combinations(sorted(few.keys() & many.keys()), 2))
+    swapped = [(a, b) for a, b in pairs if (few[a] - few[b]) * (many[a] - many[b]) < 0]
+    assert [pair for pair in swapped if abs(few[pair[0]] - few[pair[1]]) > errors[pair[0]] + errors[pair[1]]] == []
+    assert len(swapped) <= len(pairs) / 20
 
 
 @pytest.mark.parametrize("notebook", ["01-Setup", "02-Prune", "03-Inference", "04-Benchmark_and_Analysis"])

@@ -9,6 +9,7 @@
 # make engines   compile llama.cpp into .venv (a few minutes; needs a C++ compiler)
 # make serve-env install vLLM into .venv-serve (a few minutes, 3.5 GB)
 # make interop   read our checkpoint with auto-gptq 0.7.1, in .venv-interop (Python 3.11 only)
+# make bench     the course's methods beside the well-known libraries (an hour on 2 cores); ONLY=wanda narrows it down
 #
 # Narrow down:   make labs LAB=3.1 NOTEBOOK=02 PROFILE=smoke MODEL=... GPU_MEMORY=15
 
@@ -21,12 +22,12 @@ BIN := .venv/bin
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-assets.txt constraints.txt pyproject.toml
 
 LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK)) $(if $(PROFILE),--profile $(PROFILE)) \
-	$(if $(MODEL),--model $(MODEL)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY))
+	$(if $(MODEL),--model $(MODEL)) $(if $(STUDENT),--student $(STUDENT)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY))
 
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop labs record test lint docs-check figures notebook loadtest tables clean
+.PHONY: setup engines serve-env try-engines interop bench labs record test lint docs-check figures notebook loadtest tables clean
 
 setup: .venv/.ready
 
@@ -80,6 +81,13 @@ try-engines: setup
 
 interop: setup .venv-interop/.ready
 	$(BIN)/python benchmarks/interop.py
+
+.venv/.bench: requirements-bench.txt | .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	@touch $@
+
+bench: setup .venv/.bench
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bench $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
 labs: setup $(ENGINES)
 	$(BIN)/python -m common.run $(LAB_OPTIONS)

@@ -57,6 +57,16 @@ def execute(notebook: Path, target: Path, parameters: dict) -> None:
     )
 
 
+def parameters(lab: str, options: argparse.Namespace) -> dict[str, str]:
+    """What is injected into a lab's notebooks: nothing that is the default already, which would add a cell."""
+    given = {"PROFILE": (options.profile, "auto")}
+    if lab == "distillation":
+        given |= {"TEACHER": (options.model, "embedded"), "STUDENT": (options.student, "layers")}
+    else:
+        given["MODEL"] = options.model, "embedded"
+    return {name: value for name, (value, default) in given.items() if value != default}
+
+
 def explain(error: PapermillExecutionError, notebook: Path, target: Path, options: argparse.Namespace) -> str:
     """A failing cell as a reader wants it: which cell, its code, the error, where to look, how to try again."""
     lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
@@ -68,6 +78,7 @@ def explain(error: PapermillExecutionError, notebook: Path, target: Path, option
         f"   Try again:       make labs LAB={lab} NOTEBOOK={number}"
         + (f" PROFILE={options.profile}" if options.profile != "auto" else "")
         + (f" MODEL={options.model}" if options.model != "embedded" else "")
+        + (f" STUDENT={options.student}" if options.student != "layers" else "")
     )
 
 
@@ -135,18 +146,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebook", default="", help="only notebooks whose name begins so, such as 02")
     parser.add_argument("--profile", default="auto", choices=("auto", *PROFILES))
     parser.add_argument("--model", default="embedded", help="embedded, a Hub id, or a folder")
+    parser.add_argument("--student", default="layers", help="Lab 3.3: layers (of the teacher), a Hub id, or a folder")
     parser.add_argument("--gpu-memory", type=float, metavar="GiB", help="cap the GPU allocator")
     parser.add_argument(
         "--record", action="store_true", help="commit outputs and figures (profile auto, embedded model)"
     )
     options = parser.parse_args(arguments)
     profile = resolve_profile(options.profile)
-    if options.record and (profile == "smoke" or options.model != "embedded"):
+    if options.record and (profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
         parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
-    # Values that are the defaults already are not injected, so that a recorded notebook has no extra cell.
-    parameters = {"PROFILE": options.profile} if options.profile != "auto" else {}
 
     notebooks = find_notebooks(options.lab, options.notebook)
     runs = work_folder() / "runs" / profile
@@ -157,10 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         device = device_name(load_settings(lab, profile, options.model))
         source = work_folder() / "results" / slug(device) / profile / f"{lab}.json"
         print(f"[{number}/{len(notebooks)}] {title(notebook)}", flush=True)
-        model = {"TEACHER" if lab == "distillation" else "MODEL": options.model} if options.model != "embedded" else {}
         start = time.perf_counter()
         try:
-            execute(notebook, target, parameters | model)
+            execute(notebook, target, parameters(lab, options))
         except PapermillExecutionError as error:
             print(explain(error, notebook, target, options))
             return 1

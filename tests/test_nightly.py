@@ -55,12 +55,10 @@ def test_the_steps_name_what_exists():
     text = "\n".join(commands("embedded") + commands("llama"))
     for target in sorted(set(re.findall(r"make (\w+)", text))):
         subprocess.run(["make", "-n", target, "NOTEBOOK=01"], cwd=ROOT, check=True, capture_output=True, timeout=60)
-    lab = re.search(r"lab=(\S+)", text)[1]
     paths = re.findall(r"(?:tests|03-Model_Compression)[\w$./-]*", text)
     assert "tests/nbval-sanitize.cfg" in paths
-    assert f"03-Model_Compression/{lab}/01-Setup.ipynb" in [path.replace("$lab", lab) for path in paths]
     for path in paths:
-        assert (ROOT / path.replace("$lab", lab)).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 def execute(script: str, folder: Path, programs: dict[str, str], **environment) -> subprocess.CompletedProcess:
@@ -95,18 +93,16 @@ def test_a_failing_notebook_fails_the_step_and_is_in_the_log(tmp_path):
 
 def test_llama_needs_a_token(tmp_path):
     (script,) = commands("llama")
-    programs = {"bin/make": "", ".venv/bin/papermill": ""}
+    programs = {"bin/make": ""}
     environment = {"TEACHER": "a/teacher", "STUDENT": "a/student"}
     without = execute(script, tmp_path, programs, HF_TOKEN="", **environment)
     assert (without.returncode, called(tmp_path)) == (0, [])
     assert without.stdout.startswith("::notice::")
     assert execute(script, tmp_path, programs, HF_TOKEN="secret", **environment).returncode == 0
-    calls = [re.sub(r" --.*STUDENT| 03-.*", "", call) for call in called(tmp_path)]
-    assert calls == [
+    assert called(tmp_path) == [
         "make labs LAB=3.1 PROFILE=gpu MODEL=a/teacher",
         "make labs LAB=3.2 PROFILE=gpu MODEL=a/teacher",
-        "papermill a/student",
-        *(f"make labs LAB=3.3 NOTEBOOK={number} PROFILE=gpu MODEL=a/teacher" for number in ("02", "03", "04")),
+        "make labs LAB=3.3 PROFILE=gpu MODEL=a/teacher STUDENT=a/student",
     ]
     assert execute(script, tmp_path, programs | {"bin/make": "exit 2"}, HF_TOKEN="x", **environment).returncode == 2
 
@@ -223,4 +219,4 @@ def test_nbval_accepts_other_times_and_reports_other_claims(tmp_path):
     body, _ = report(tmp_path, done.stdout)
     assert body.startswith("https://example.org/run\n\n~~~\n=====")
     assert "✅ slower" in body
-    assert "times.ipynb" not in body
+    assert "times.ipynb" not in body.partition("slowest")[0]  # it passed; only the list of durations names it

@@ -53,10 +53,11 @@ def test_parameters_reach_the_notebook(chapter, capsys):
 
 
 def test_model_is_the_teacher_in_the_distillation_lab(tmp_path, chapter, capsys):
-    file = chapter('assert (PROFILE, TEACHER) == ("smoke", "some/model")\nassert MODEL == "embedded"')
+    expected = ("smoke", "some/model", "a/student")
+    file = chapter(f'assert (PROFILE, TEACHER, STUDENT) == {expected}\nassert MODEL == "embedded"')
     folder = file.parent.with_name("Lab-3.3-Distillation")
     file.parent.rename(folder)
-    assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0
+    assert run.main(["--profile", "smoke", "--model", "some/model", "--student", "a/student"]) == 0
 
 
 def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsys):

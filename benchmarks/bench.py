@@ -227,29 +227,34 @@ def summarize(figures: list[dict]) -> dict[str, tuple[float, float | None, str]]
     return found
 
 
-def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[str], Recorder]:
-    """Record every row's figures; returns lines about rows that could not run, and the recorder."""
-    recorder, failed = Recorder(settings, NOTEBOOK), []
-    protocol = {
-        "corpus": settings.corpus,
+def protocol(row: Row, settings: Settings) -> dict:
+    """Under what a row's figures were measured."""
+    shared = {"corpus": settings.corpus, "dtype": str(settings.dtype)}
+    if row.setting == "kd-step":
+        timed = settings.kd_steps - distil.WARM_UP
+        return shared | {"batch": settings.kd_batch, "seqlen": settings.kd_seqlen, "steps timed": timed}
+    return shared | {
         "calibration": f"{settings.nsamples}x{settings.seqlen}",
         "windows": settings.quality_windows,
         "seqlen": settings.seqlen,
-        "dtype": str(settings.dtype),
-        "seeds": len(settings.seeds),
     }
+
+
+def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[str], Recorder]:
+    """Record every row's figures; returns lines about rows that could not run, and the recorder."""
+    recorder, failed = Recorder(settings, NOTEBOOK), []
     for row in chosen:
         files = [file for seed in settings.seeds if (file := _file(folder, row, seed)).exists()]
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         good = [outcome["figures"] for outcome in outcomes if "figures" in outcome]
         errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        record = partial(recorder.record, artifact=row.name, n=len(good))
+        record = partial(recorder.record, artifact=row.name, n=len(good), protocol=protocol(row, settings))
         for key, (value, spread, unit) in (summarize(good) if good else {}).items():
-            record(key, value, unit, protocol=protocol, spread=spread)
+            record(key, value, unit, spread=spread)
             if key == "perplexity" and spread is not None:
-                record("perplexity-spread", spread, unit, protocol=protocol)
+                record("perplexity-spread", spread, unit)
         if good:
-            record("runs", len(good), "runs", protocol=protocol)
+            record("runs", len(good), "runs")
         if errors:
             recorder.record("failed", len(errors), "runs", artifact=row.name, protocol={"error": errors[0]})
             failed.append(f"{row.name}: {errors[0]}")

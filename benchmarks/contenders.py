@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -156,7 +157,19 @@ def optimum_gptq(task: Task, clock: Clock, config: QuantizeConfig) -> Compressed
         quantizer.quantize_model(task.model, task.tokenizer)
     quantizer.dataset = task.model.config.quantization_config["dataset"] = None  # else written into the configuration
     quantizer.save(task.model, str(task.out))
-    return load_dequantized(task.out, task.dtype).to(task.device), partial(weight_bytes, task.out)
+    model = load_dequantized(task.out, task.dtype)
+    if not config.sym:
+        _read_as_v2(model, task.out)
+    return model.to(task.device), partial(weight_bytes, task.out)
+
+
+@torch.no_grad()
+def _read_as_v2(model: nn.Module, folder: Path) -> None:
+    """optimum saves asymmetric grids in format v2, whose zero points are not stored minus 1: put back that 1."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        for name, linear in iter_linears(model):
+            scales, group = (file.get_tensor(f"{name}.{key}") for key in ("scales", "g_idx"))
+            linear.weight += scales[group.long()].T.to(linear.weight.dtype)
 
 
 def llmcompressor_gptq(task: Task, clock: Clock, config: QuantizeConfig) -> Compressed:
@@ -231,7 +244,8 @@ def llmcompressor_prune(task: Task, clock: Clock, config: PruneConfig) -> Compre
 
     modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[config.method]
     structure = config.pattern if config.group else "0:0"
-    recipe = modifier(sparsity=config.sparsity, mask_structure=structure, targets=["Linear"], ignore=["lm_head"])
+    # A plain "lm_head" does not match (it is compared with "lm_head."), and the tied embedding would be pruned.
+    recipe = modifier(sparsity=config.sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])
     return _oneshot(task, clock, recipe)
 
 
@@ -266,6 +280,9 @@ def _oneshot(task: Task, clock: Clock, recipe) -> Compressed:
         batch_size=task.batch_size,
         collate_fn=lambda items: {key: torch.cat([item[key] for item in items]) for key in items[0]},
     )
+    embedding = task.model.get_input_embeddings().weight.clone()
     with clock:
         oneshot(model=task.model, dataset=loader, recipe=recipe, num_calibration_samples=len(task.windows))
+    if not torch.equal(embedding, task.model.get_input_embeddings().weight):
+        raise AssertionError("The embedding was changed: the comparison is about the decoder blocks' linear layers.")
     return task.model, lambda: _save(task.model.to(torch.bfloat16), task.out)

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import re
+import runpy
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import bench, contenders
 from benchmarks.bench import Row
 from benchmarks.contenders import Clock, Task
+from common.gptq_format import load_dequantized, pack_rows, save_gptq
+from common.quantization import QuantizeConfig, rtn_model
 from common.results import read
-from common.settings import load_settings
+from common.settings import ROOT, load_settings
 
 
 @pytest.fixture
@@ -121,6 +126,45 @@ def test_one_real_measurement(settings, tmp_path, llama, tokenizer, windows):
     assert got["gptq"]["kl"][0] > 0 < got["gptq"]["seconds"][0]
     assert got["gptq"]["bytes"][0] < got["wanda"]["bytes"][0] < got["original"]["bytes"][0]
     assert got["smoothquant"]["kl"][0] < got["gptq"]["kl"][0] < got["wanda"]["kl"][0]
+
+
+def test_asymmetric_checkpoints_in_format_v2_are_read_as_such(tmp_path, llama, tokenizer):
+    """Format v2 stores the zero points themselves; read as v1, every weight is off by one step."""
+    config = QuantizeConfig(group_size=32, mse=False)
+    weights = rtn_model(llama, config)
+    save_gptq(tmp_path / "v2", llama, tokenizer, weights, method="rtn", parent="")
+    file = tmp_path / "v2" / "model.safetensors"
+    tensors = load_file(file)
+    for name, weight in weights.items():
+        tensors[f"{name}.qzeros"] = pack_rows(weight.zero, 4).T.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = load_dequantized(tmp_path / "v2", torch.float32)
+    expected = dict(llama.named_parameters())
+    name = next(iter(weights))
+    assert not torch.allclose(model.get_submodule(name).weight, expected[f"{name}.weight"])
+    contenders._read_as_v2(model, tmp_path / "v2")
+    for name in weights:
+        torch.testing.assert_close(model.get_submodule(name).weight, expected[f"{name}.weight"], rtol=0, atol=1e-5)
+
+
+def test_a_changed_embedding_disqualifies(tmp_path, llama, tokenizer, windows, monkeypatch):
+    def oneshot(model, **_):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0] = 0
+
+    monkeypatch.setitem(sys.modules, "llmcompressor", type("library", (), {"oneshot": oneshot}))
+    task = Task(tmp_path, llama, tokenizer, windows, 4, tmp_path)
+    with pytest.raises(AssertionError, match="The embedding was changed"):
+        contenders._oneshot(task, Clock(), recipe=None)
+
+
+def test_the_figures_are_drawn_and_shown(tmp_path):
+    chapter = ROOT / "03-Model_Compression"
+    runpy.run_path(str(chapter / "theory" / "figures" / "draw_benchmark.py"))["main"](tmp_path)
+    drawn = {file.name for file in tmp_path.iterdir()}
+    text = (chapter / "README.md").read_text(encoding="utf-8")
+    assert drawn == set(re.findall(r"\]\(theory/figures/(benchmark[^)]+)\)", text))
+    assert all((chapter / "theory" / "figures" / name).exists() for name in drawn)
 
 
 def test_clock_times_only_what_is_inside():

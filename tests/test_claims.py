@@ -128,3 +128,51 @@ def test_the_teacher_is_worth_listening_to(device):
     kl = figures(device, "distillation", "03-Distill_Student", "trained-kl")
     assert max(kl["CE + KD"], kl["KD only"]) < kl["CE only"]
     assert kl["KD only"] < kl["shuffled teacher"]
+
+
+# --- side by side with other libraries ------------------------------------------------------------------------------
+
+
+def benchmark(device: str, key: str) -> dict[str, dict[str, float]]:
+    """setting → library → value."""
+    found: dict[str, dict[str, float]] = {}
+    for artifact, value in figures(device, "benchmark", "bench", key).items():
+        setting, _, library = artifact.partition("/")
+        found.setdefault(setting, {})[library] = value
+    return found
+
+
+CALIBRATED = ("gptq-", "wanda-", "sparsegpt-", "smoothquant-")
+
+
+@pytest.mark.parametrize("device", devices("bench", "benchmark"))
+def test_no_library_is_better_or_faster(device):
+    """The best perplexity, or within 1 % of it; the least time."""
+    perplexity, seconds = benchmark(device, "perplexity"), benchmark(device, "seconds")
+    settings = [name for name in perplexity if name.startswith(CALIBRATED)]
+    assert len(settings) == 8
+    for setting in settings:
+        others = perplexity[setting].keys() - {"ours", "RTN"}
+        assert others
+        for library in others:
+            assert perplexity[setting]["ours"] < 1.01 * perplexity[setting][library], (setting, library)
+            assert seconds[setting]["ours"] < seconds[setting][library], (setting, library)
+        if "RTN" in perplexity[setting]:
+            assert perplexity[setting]["ours"] < perplexity[setting]["RTN"]
+
+
+@pytest.mark.parametrize("device", devices("bench", "benchmark"))
+def test_distillation_steps_compute_what_trl_computes(device):
+    loss = figures(device, "benchmark", "bench", "first-loss")
+    assert loss["kd-step/ours"] == pytest.approx(loss["kd-step/TRL"], rel=1e-5)
+    assert loss["kd-step/ours, stored labels"] < loss["kd-step/ours"]  # top-k + tail: a lower bound
+    step = figures(device, "benchmark", "bench", "step-seconds")
+    assert step["kd-step/ours"] < 1.1 * step["kd-step/TRL"]
+    assert step["kd-step/ours, stored labels"] * 1.5 < step["kd-step/ours"]
+
+
+@pytest.mark.parametrize("device", devices("bench", "benchmark"))
+def test_perplexity_is_that_of_lm_eval(device):
+    ours = figures(device, "benchmark", "bench", "perplexity-ours")["reference/lm-eval"]
+    theirs = figures(device, "benchmark", "bench", "perplexity-lm-eval")["reference/lm-eval"]
+    assert ours == pytest.approx(theirs, rel=1e-6)

@@ -18,8 +18,8 @@ PANELS = {
     "GPTQ, 4 bits, symmetric": ["gptq-w4-g64-sym"],
     "GPTQ, 4 bits, asymmetric": ["gptq-w4-g64-asym"],
     "GPTQ, 3 bits, asymmetric": ["gptq-w3-g64-asym"],
-    "50 % sparse (○ Wanda, □ SparseGPT)": ["wanda-50", "sparsegpt-50"],
-    "2:4 (○ Wanda, □ SparseGPT)": ["wanda-2-4", "sparsegpt-2-4"],
+    "50 %: ○ Wanda, □ SparseGPT": ["wanda-50", "sparsegpt-50"],
+    "2:4: ○ Wanda, □ SparseGPT": ["wanda-2-4", "sparsegpt-2-4"],
 }
 
 
@@ -51,7 +51,9 @@ def quality_against_time(device: str) -> Figure:
                         label=library if marker == "o" else None,
                         capsize=3,
                     )
-        axis.set_xscale("log")
+        axis.set(xscale="log", xlim=(0.7, 900))
+        axis.set_xticks([1, 10, 100], ["1", "10", "100"], minor=False)
+        axis.minorticks_off()
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("seconds")
     axes[0].set_ylabel("perplexity")

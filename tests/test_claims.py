@@ -147,15 +147,17 @@ CALIBRATED = ("gptq-", "wanda-", "sparsegpt-", "smoothquant-")
 
 @pytest.mark.parametrize("device", devices("bench", "benchmark"))
 def test_no_library_is_better_or_faster(device):
-    """The best perplexity, or within 1 % of it; the least time."""
+    """The best perplexity, or within what other calibration data change (1 % where not measured); the least time."""
     perplexity, seconds = benchmark(device, "perplexity"), benchmark(device, "seconds")
+    spread = benchmark(device, "perplexity-spread")
     settings = [name for name in perplexity if name.startswith(CALIBRATED)]
     assert len(settings) == 8
     for setting in settings:
         others = perplexity[setting].keys() - {"ours", "RTN"}
         assert others
         for library in others:
-            assert perplexity[setting]["ours"] < 1.01 * perplexity[setting][library], (setting, library)
+            noise = spread.get(setting, {}).get("ours", 0.01 * perplexity[setting]["ours"])
+            assert perplexity[setting]["ours"] < perplexity[setting][library] + noise, (setting, library)
             assert seconds[setting]["ours"] < seconds[setting][library], (setting, library)
         if "RTN" in perplexity[setting]:
             assert perplexity[setting]["ours"] < perplexity[setting]["RTN"]

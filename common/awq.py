@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import Stage, walk
-from common.compensation import Hessian, output_error
+from common.compensation import Hessian, squared_error
 from common.quantization import QuantizeConfig, find_grid
 
 ALPHAS = torch.linspace(0.0, 0.9, 10).tolist()  # 0 is plain rounding
@@ -38,7 +38,8 @@ def search_scale(weight: Tensor, statistic: Hessian, config: QuantizeConfig) -> 
     hessian = statistic.matrix
     candidates = {alpha: channel_scale(statistic.mean_absolute, alpha) for alpha in ALPHAS}
     errors = {
-        alpha: output_error(weight, round_scaled(weight, scale, config), hessian) for alpha, scale in candidates.items()
+        alpha: squared_error(round_scaled(weight, scale, config) - weight, hessian).item()
+        for alpha, scale in candidates.items()
     }
     best = min(errors, key=errors.get)
     return candidates[best], best

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StaticCache
 
+from common.cuda_graph import graphed
 from common.environment import reset_gpu_peak
 
 
@@ -56,30 +57,6 @@ def measure_latency(run: Callable[[], object], runs: int, device: torch.device, 
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return Latency(seconds)
-
-
-def graphed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """On a GPU, `run` captured once in a CUDA graph: calling the result replays its kernels without Python between.
-
-    `run` must do the same work on the same tensors each time. On a CPU it is returned as it is.
-    """
-    if device.type != "cuda":
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels that compile or tune themselves do so before the capture
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def sparse_kernels(device: torch.device) -> bool:

@@ -7,11 +7,15 @@ they differ only in what a column is replaced by: GPTQ rounds it to a grid, Spar
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from common.cuda_graph import graphed
+
 BLOCK_COLUMNS = 128  # columns per lazy update of the columns to their right
+Replace = Callable[..., Tensor]  # see `compensate`
 
 
 class Hessian:
@@ -76,27 +80,72 @@ def inverse_cholesky(hessian: Tensor, damp_percent: float) -> Tensor:
 
 
 @one_thread()
-def compensate(columns: Tensor, factor: Tensor, replace: Callable[[int, Tensor], Tensor]) -> Tensor:
+def compensate(
+    columns: Tensor,
+    factor: Tensor,
+    replace: Replace,
+    *along: Tensor,
+    begin: Callable[[slice], None] | None = None,
+    block_columns: int = BLOCK_COLUMNS,
+) -> Tensor:
     """Replace the columns of a weight matrix one after the other, each one's error absorbed by those after it.
 
     columns: [in_features, out_features], the matrix transposed, so that a column is contiguous; overwritten.
     factor: upper Cholesky factor of the inverse Hessian (`inverse_cholesky`), in the same order of columns.
-    replace(i, pending) returns what column i becomes [out_features]; pending holds column i and, after it, the
-    columns up to the next multiple of 128, all as they stand now.
+    replace(column, *rows) returns what a column becomes [out_features]; rows are this column's rows of `along`, each
+    [in_features, ...]. It must depend on nothing else: on a GPU the work on a block is recorded once and replayed.
+    begin(block): called before a block of columns is worked on, which all blocks before it have compensated already.
+    block_columns: columns per lazy update of those to their right; changes speed, not the result.
     """
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            replaced = replace(i, columns[i:stop])
-            errors[i - start] = (columns[i] - replaced) / factor[i, i]
-            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
-            columns[i] = replaced
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    work = _replay_block if columns.is_cuda else _compensate_block
+    for start in range(0, len(columns), block_columns):
+        block, rest = slice(start, min(start + block_columns, len(columns))), slice(start + block_columns, None)
+        if begin:
+            begin(block)
+        errors = work(replace, columns[block], factor[block, block], *(tensor[block] for tensor in along))
+        columns[rest].addmm_(factor[block, rest].T, errors, alpha=-1)
     return columns
+
+
+def _compensate_block(replace: Replace, columns: Tensor, factor: Tensor, *along: Tensor) -> Tensor:
+    """The loop over the columns of one block, in place; returns their errors, for the columns after the block."""
+    errors = torch.empty_like(columns)
+    for i, column in enumerate(columns):
+        replaced = replace(column, *(tensor[i] for tensor in along))
+        errors[i] = (column - replaced) / factor[i, i]
+        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        column.copy_(replaced)
+    return errors
+
+
+def _replay_block(replace: Replace, columns: Tensor, *others: Tensor) -> Tensor:
+    """`_compensate_block` from a recording.
+
+    A block takes a thousand kernels of microseconds each; to start them one by one from Python takes ten times as long.
+    """
+    given = (columns, *others)
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
+    own, run = _recorded(replace, columns.device, shapes)
+    for mine, tensor in zip(own, given, strict=True):
+        mine.copy_(tensor)
+    errors = run()
+    columns.copy_(own[0])
+    return errors
+
+
+@lru_cache(maxsize=32)
+def _recorded(replace: Replace, device: torch.device, shapes: tuple) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Tensors of these shapes, and a function that does the work of `_compensate_block` on them."""
+    own = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    return own, graphed(partial(_compensate_block, replace, *own), device)
+
+
+def squared_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """tr(ΔW·H·ΔWᵀ) = 2/n · ‖ΔW·X‖²: what a change ΔW [out, in] of the weights does at the layer's output."""
+    difference = difference.float()
+    return ((difference @ hessian) * difference).sum()
 
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
     """Relative squared error ‖(W - Ŵ)X‖² / ‖WX‖² that an approximation makes at the layer's output."""
-    difference, weight = weight.float() - approximation.float(), weight.float()
-    return (((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()).item()
+    return (squared_error(weight.float() - approximation.float(), hessian) / squared_error(weight, hessian)).item()

@@ -118,20 +118,18 @@ def sparsegpt(
 
     hessian: [in, in], of the layer's inputs (`Hessian.matrix`).
     choose(scores, columns): at the head of every `span` columns, which of them stay, bool [out, span]; the scores are
-    w_j² / [H⁻¹]_jj, H⁻¹ being that of the columns not yet passed, w as updated so far. `span` divides 128.
+    w_j² / [H⁻¹]_jj, H⁻¹ being that of the columns not yet passed, w as updated so far.
     """
     factor = inverse_cholesky(hessian, damp_percent)
-    keep = torch.empty(weight.shape[::-1], dtype=torch.bool, device=weight.device)
+    columns = weight.float().T.contiguous()
+    keep = torch.empty(columns.shape, dtype=torch.bool, device=weight.device)
 
-    def replace(i: int, pending: Tensor) -> Tensor:
-        if i % span == 0:
-            columns = slice(i, min(i + span, len(keep)))
-            scores = (pending[:span] / factor.diagonal()[columns, None]).square()
-            keep[columns] = choose(scores.T, columns).T
-        return pending[0] * keep[i]
+    def begin(block: slice) -> None:
+        scores = (columns[block] / factor.diagonal()[block, None]).square()
+        keep[block] = choose(scores.T, block).T
 
-    pruned = compensate(weight.float().T.contiguous(), factor, replace)
-    return pruned.T.contiguous(), keep.T.contiguous()
+    compensate(columns, factor, torch.mul, keep, begin=begin, block_columns=span)
+    return columns.T.contiguous(), keep.T.contiguous()
 
 
 def _check_width(config: PruneConfig, in_features: int, name: str) -> None:
@@ -191,11 +189,13 @@ def prune_model(
     """
     _prepare(model, config, allocation)
     names = {linear: name for name, linear in iter_linears(model)}
+    home = model.device  # masks stay where the weights live, not where a block is worked on
     masks = {}
 
     def change(stage: Stage, statistic: Statistic) -> None:
         linears = {names[linear]: linear for linear in stage.linears.values()}
-        masks.update(_prune_linears(linears, statistic, config, allocation))
+        results = _prune_linears(linears, statistic, config, allocation)
+        masks.update({name: keep.to(home) for name, keep in results.items()})
 
     if config.method == "magnitude":
         for name, linear in iter_linears(model):

@@ -9,7 +9,9 @@ RTN and GPTQ use the same grid. They differ in one thing only: GPTQ lets the col
 quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.)
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,10 @@ class QuantizeConfig:
         return "-".join(parts)
 
 
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    return (weight / scale + zero).round_().clamp_(0, max_code)
+
+
 @dataclass(frozen=True)
 class Grid:
     """Scale and zero point of every group: both [out_features, groups], float32 with integer zeros."""
@@ -59,8 +65,7 @@ class Grid:
 
     def encode(self, weight: Tensor, group) -> Tensor:
         """Nearest codes for `weight`; `group` selects the group of each of its columns."""
-        codes = weight / self.scale[:, group] + self.zero[:, group]
-        return codes.round_().clamp_(0, self.max_code)
+        return _nearest(weight, self.scale[:, group], self.zero[:, group], self.max_code)
 
     def decode(self, codes: Tensor, group) -> Tensor:
         return (codes - self.zero[:, group]) * self.scale[:, group]
@@ -74,6 +79,10 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor
     config: QuantizeConfig
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on another device."""
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
 
     def dequantize(self) -> Tensor:
         """The float32 matrix [out, in] that the codes stand for."""
@@ -131,7 +140,7 @@ def _clipped_scale(w: Tensor, scale: Tensor, zero: Tensor, max_code: int, cost: 
 
 
 def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
-    return QuantizedWeight(codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), config)
+    return QuantizedWeight(codes.to(torch.uint8).contiguous(), grid.scale.half(), grid.zero.to(torch.uint8), config)
 
 
 def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
@@ -153,19 +162,24 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor |
     order = order.to(weight.device)
     grid = find_grid(weight, config, importance=diagonal)
     factor = inverse_cholesky(hessian[order][:, order], config.damp_percent)
-    group_of = (order // config.group_size).tolist()
-    codes = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)  # [in, out], in that order
+    group = order // config.group_size  # of each column, in that order
+    along = [grid.scale[:, group].T.contiguous(), grid.zero[:, group].T.contiguous()]
+    along += [] if keep is None else [keep[:, order].T.contiguous()]
 
-    def replace(i: int, pending: Tensor) -> Tensor:
-        group = slice(group_of[i], group_of[i] + 1)
-        code = grid.encode(pending[0, :, None], group)
-        if keep is not None:
-            code = torch.where(keep[:, order[i], None], code, grid.zero[:, group])
-        codes[i] = code[:, 0]
-        return grid.decode(code, group)[:, 0]
+    columns = compensate(weight.float().T[order], factor, _rounding(grid.max_code), *along)
+    codes = grid.encode(columns.T, group)[:, torch.argsort(order)]
+    return _pack(codes, grid, config)
 
-    compensate(weight.float().T[order], factor, replace)
-    return _pack(codes[torch.argsort(order)].T.contiguous(), grid, config)
+
+@cache  # one function per grid size: a recording on the GPU belongs to a function
+def _rounding(max_code: int) -> Callable[..., Tensor]:
+    """What GPTQ replaces a column by [out]: the nearest points of its grid, and zero where `keep` is False."""
+
+    def nearest(column: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None = None) -> Tensor:
+        rounded = (_nearest(column, scale, zero, max_code) - zero) * scale
+        return rounded if keep is None else rounded * keep  # zero is a point of every grid: its code is the zero point
+
+    return nearest
 
 
 @torch.no_grad()
@@ -191,11 +205,13 @@ def gptq_model(
     for _, linear in iter_linears(model):
         _groups(linear.in_features, config.group_size)  # before minutes of work, not after
     names = {linear: name for name, linear in iter_linears(model)}
+    home = model.device  # results stay where the weights live, not where a block is worked on
     quantized = {}
 
     def change(stage: Stage, statistic: Hessian) -> None:
         linears = {names[linear]: linear for linear in stage.linears.values()}
-        quantized.update(_gptq_linears(linears, statistic, config, keep_zeros))
+        results = _gptq_linears(linears, statistic, config, keep_zeros)
+        quantized.update({name: result.to(home) for name, result in results.items()})
 
     walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
     return quantized

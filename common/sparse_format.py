@@ -6,6 +6,7 @@ that is 9/16. Compressed sparse rows (CSR) spend a column index per value instea
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,21 +19,21 @@ from common.artifacts import Artifact
 from common.blocks import iter_linears
 
 WEIGHTS = "sparse.safetensors"  # not model.safetensors: others would load it without its linear layers
-_BITS = torch.arange(8, dtype=torch.uint8)
 
 
 def pack(weight: Tensor) -> dict[str, Tensor]:
     """bitmask uint8 [⌈n/8⌉] (bit i of byte j: weight 8j+i is not zero), values [nonzeros], shape int64 [dimensions]."""
     flat = weight.detach().cpu().flatten()
-    kept = nn.functional.pad((flat != 0).to(torch.uint8), (0, -len(flat) % 8))
-    bitmask = (kept.view(-1, 8) << _BITS).sum(1, dtype=torch.uint8)
-    return {"bitmask": bitmask, "values": flat[flat != 0].clone(), "shape": torch.tensor(weight.shape)}
+    kept = flat != 0
+    bitmask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
+    return {"bitmask": bitmask, "values": flat[kept], "shape": torch.tensor(weight.shape)}
 
 
 def unpack(packed: dict[str, Tensor]) -> Tensor:
     """The dense weight that `pack` was given. ValueError when bitmask and values do not belong together."""
     size = packed["shape"].prod().item()
-    kept = ((packed["bitmask"][:, None] >> _BITS) & 1).flatten()[:size].bool()
+    bits = np.unpackbits(packed["bitmask"].numpy(), count=size, bitorder="little")
+    kept = torch.from_numpy(bits).bool()
     if kept.sum() != len(packed["values"]):
         raise ValueError(f"Damaged sparse weight: {kept.sum()} bits set, {len(packed['values'])} values.")
     flat = torch.zeros(size, dtype=packed["values"].dtype)

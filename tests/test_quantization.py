@@ -440,3 +440,17 @@ def test_keep_zeros_keeps_a_pruned_model_pruned(llama, windows):
     for _, linear in iter_linears(llama):
         assert not linear.weight[:, ::2].any()
         assert linear.weight[:, 1::2].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("in_features", [128, 320, 512])  # one block, a smaller one at the end, several
+def test_replayed_blocks_give_what_unrecorded_blocks_give(in_features):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, in_features, generator=generator)
+    statistic = Hessian(in_features, weight)
+    statistic.add(correlated_inputs(in_features, 2048, seed=1))
+    for config in (QuantizeConfig(group_size=32), QuantizeConfig(group_size=64, desc_act=False, sym=True)):
+        on_cpu = gptq(weight, statistic.matrix, config)
+        on_gpu = gptq(weight.cuda(), statistic.matrix.cuda(), config)
+        same = (on_cpu.codes == on_gpu.codes.cpu()).float().mean()
+        assert same > 0.99  # float32 sums in another order may tip a code that lies between two points

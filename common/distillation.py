@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from common.blocks import decoder_blocks
 from common.structured import drop_blocks
 
-CHUNK = 8192  # tokens whose logits are held at once; changes memory, not the result
+CHUNK = 2048  # tokens whose logits are held at once; changes memory, not the result
 
 
 def check_tokenizers(teacher, student) -> None:

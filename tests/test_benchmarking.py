@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from common import benchmarking
 from common.benchmarking import Decoder, Latency, measure_latency, peak_memory, prefill
 
 CPU = torch.device("cpu")
@@ -61,3 +62,13 @@ def test_peak_memory_sees_what_was_freed_again():
         time.sleep(0.1)
         del block
     assert 350e6 < peak.bytes < 700e6
+
+
+def test_a_recording_that_lacks_the_models_work_is_refused(llama, monkeypatch):
+    def without_the_work(step, device):
+        stale = torch.zeros_like(step())
+        return lambda: stale
+
+    monkeypatch.setattr(benchmarking, "graphed", without_the_work)
+    with pytest.raises(RuntimeError, match="the CUDA graph lacks it"):
+        Decoder(llama, batch=1, context=12)

@@ -84,8 +84,8 @@ class Decoder:
         self.run = graphed(self._step, model.device)
         if not (self.run() - expected).norm() <= 0.01 * expected.norm():
             raise RuntimeError(
-                "The recorded decoding step computes something else than the model: a kernel of its layers does not run "
-                "on the current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
+                "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
+                "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
             )
 
     def _step(self) -> torch.Tensor:

@@ -68,8 +68,7 @@ class Decoder:
     """One decoding step of `model` for `batch` sequences that have `context` tokens in a static KV cache.
 
     Calling it computes the logits of the next token [batch, vocabulary], always at the same position, so that every
-    run does the same work. On a GPU the step is captured once in a CUDA graph and replayed. Raises RuntimeError when
-    the replay computes something else: kernels that ignore the current stream are left out of a graph, silently.
+    run does the same work. On a GPU the step is captured once in a CUDA graph and replayed.
     """
 
     @torch.inference_mode()
@@ -80,13 +79,7 @@ class Decoder:
         model(input_ids=prompt, past_key_values=self.cache, logits_to_keep=1)
         self.token = prompt[:, -1:].clone()
         self.position = torch.full((batch, 1), context, device=model.device)
-        expected = self._step()
         self.run = graphed(self._step, model.device)
-        if not (self.run() - expected).norm() <= 0.01 * expected.norm():
-            raise RuntimeError(
-                "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
-                "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
-            )
 
     def _step(self) -> torch.Tensor:
         for layer in self.cache.layers:

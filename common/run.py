@@ -10,6 +10,7 @@ Executed copies are kept in `.work/runs/<profile>/`.
 import argparse
 import datetime
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
 CHAPTER = ROOT / "03-Model_Compression"
+GREETING = re.compile(r"\s*INFO  LogBar: headless.*\n")  # what a library says when CI is set
 LAB_OF_FOLDER = {
     "Lab-3.1-Quantization": "quantization",
     "Lab-3.2-Pruning": "pruning",
@@ -105,6 +107,8 @@ def without_progress(outputs: list) -> list:
     for output in outputs:
         if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr":
             continue
+        if output.output_type == "stream":
+            output.text = GREETING.sub("", output.text)
         if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
             kept[-1].text += output.text
         else:

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from common import benchmarking
 from common.benchmarking import Decoder, Latency, measure_latency, peak_memory, prefill
+from common.graph_check import check_recording
 
 CPU = torch.device("cpu")
 
@@ -64,11 +64,10 @@ def test_peak_memory_sees_what_was_freed_again():
     assert 350e6 < peak.bytes < 700e6
 
 
-def test_a_recording_that_lacks_the_models_work_is_refused(llama, monkeypatch):
-    def without_the_work(step, device):
-        stale = torch.zeros_like(step())
-        return lambda: stale
-
-    monkeypatch.setattr(benchmarking, "graphed", without_the_work)
+def test_a_recording_that_lacks_the_models_work_is_refused(llama):
+    decoder = Decoder(llama, batch=1, context=12)
+    check_recording(decoder)
+    stale = torch.zeros_like(decoder())
+    decoder.run = lambda: stale  # what a graph replays whose kernels ran elsewhere
     with pytest.raises(RuntimeError, match="the CUDA graph lacks it"):
-        Decoder(llama, batch=1, context=12)
+        check_recording(decoder)

@@ -3,8 +3,9 @@
     python -m benchmarks.bench [--only gptq] [--profile auto] [--record]
 
 Every measurement runs in a process of its own (so that peaks of memory are its own), the contenders alternating, once
-per seed of the calibration data. What has been measured stays in .work/bench and is not measured again; an
-implementation that cannot run is listed with its error. `--record` makes the figures the committed ones.
+per seed of the calibration data. What has been measured with the profile's numbers stays in .work/bench and is not
+measured again; an implementation that cannot run is listed with its error. `--record` makes the figures the committed
+ones.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from common.environment import prepare
 from common.evaluation import Baseline, evaluate
 from common.pruning import PruneConfig
 from common.quantization import QuantizeConfig
-from common.results import Recorder
+from common.results import Recorder, protocol_hash
 from common.settings import PROFILES, Settings, load_settings, slug, work_folder
 from common.text import calibration_windows, load_corpus, test_windows
 
@@ -270,7 +271,8 @@ def main() -> None:
     parser.add_argument("--work", nargs=2, metavar=("ROW", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = load_settings("benchmark", options.profile)
-    folder = work_folder() / "bench" / settings.profile
+    numbers = {name: str(value) for name, value in settings.values().items()}
+    folder = work_folder() / "bench" / f"{settings.profile}-{protocol_hash(numbers)[:6]}"  # other numbers, other folder
     folder.mkdir(parents=True, exist_ok=True)
     if options.work:
         name, seed = options.work

@@ -1,6 +1,6 @@
 """What depends on a model's shape alone, measured on random weights of a 7B model: speed, memory, time to compress.
 
-    python -m benchmarks.shape_7b [--shape llama-2-7b] [--only decode prefill ...] [--gpu-memory 15] [--profile auto]
+    python -m benchmarks.shape_7b [--shape llama-2-7b] [--only decode prefill ...] [--gpu-memory 15] [--record]
 
 Each step writes its figures as soon as it has them, under the notebook name `shape-7b-STEP` of lab `shape`; what
 cannot run here is listed with its reason, and the other steps go on.
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_per_step, use_kernel, weight_bytes
-from common import assets
+from common import assets, tables
 from common.assets import load_model, model_config
 from common.benchmarking import (
     Decoder,
@@ -56,7 +56,7 @@ from common.environment import GIB, prepare
 from common.graph_check import check_recording
 from common.pruning import PruneConfig, prune_model
 from common.quantization import QuantizeConfig, gptq_model
-from common.results import Recorder
+from common.results import Recorder, read
 from common.settings import PROFILES, Settings, load_settings
 
 assets.SHAPES["tiny"] = LlamaConfig(
@@ -128,7 +128,8 @@ class Run:
         self.recorder = Recorder(self.settings, f"shape-7b-{step}")
 
     def record(self, key: str, value: float, unit: str, artifact: str, protocol: dict, n: int = 1) -> None:
-        self.recorder.record(key, value, unit, artifact=artifact, protocol=protocol, n=n)
+        if artifact != "original" or self.step == "decode":  # elsewhere it is measured as the others' reference only
+            self.recorder.record(key, value, unit, artifact=artifact, protocol=protocol, n=n)
         self.say(f"{artifact:18} {key:18} {value:>12,.3f} {unit}")
 
     def say(self, text: str) -> None:
@@ -267,7 +268,7 @@ def sparse(run: Run) -> None:
             x = torch.randn(tokens, shape[1], device=run.device, dtype=dtype)
             with torch.inference_mode():
                 times = [do_bench_cudagraph(partial(nn.functional.linear, x, w)) for w in (dense, compressed)]
-            record = partial(run.record, artifact=name, protocol={"shape": list(shape), "tokens": tokens})
+            record = partial(run.record, artifact=name, protocol={"tokens": tokens})
             record(f"dense-{tokens}", times[0] * 1e3, "µs")
             record(f"sparse-{tokens}", times[1] * 1e3, "µs")
             record(f"sparse-speed-{tokens}", times[0] / times[1], "× dense")
@@ -380,6 +381,7 @@ def main(arguments: list[str] | None = None) -> Run:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--gpu-memory", type=float, default=15, help="GiB for compressing (0: all of the GPU)")
     parser.add_argument("--profile", default="auto", choices=["auto", *PROFILES])
+    parser.add_argument("--record", action="store_true", help="make the figures the committed ones, step by step")
     options = parser.parse_args(arguments)
     shape = options.shape or load_settings("shape", options.profile).shape
     run = Run(prepare("shape", options.profile, f"shape:{shape}"), options.gpu_memory)
@@ -391,6 +393,8 @@ def main(arguments: list[str] | None = None) -> Run:
             run.begin(step)
             run.attempt(step, STEPS[step])
             run.say(f"took {time.perf_counter() - start:.0f} s")
+            if options.record and any(r["notebook"] == run.recorder.notebook for r in read(run.recorder.file)):
+                tables.promote(run.recorder.notebook, run.recorder.file)
     finally:
         for build in run.builds.values():
             build.stop()

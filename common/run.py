@@ -24,7 +24,7 @@ from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
 CHAPTER = ROOT / "03-Model_Compression"
-GREETING = re.compile(r"\s*INFO  LogBar: headless.*\n")  # what a library says when CI is set
+GREETING = re.compile(r"\n?\r?INFO  LogBar: headless.*\n")  # what a library says when CI is set
 LAB_OF_FOLDER = {
     "Lab-3.1-Quantization": "quantization",
     "Lab-3.2-Pruning": "pruning",

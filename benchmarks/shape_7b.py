@@ -6,6 +6,7 @@ Each step writes its figures as soon as it has them, under the notebook name `sh
 cannot run here is listed with its reason, and the other steps go on.
 
     decode      a decoding step per kernel and batch, as ratio to 16 bits and as share of the memory-bandwidth floor
+    profile     where a decoding step of 16 and of 4 bits spends its time, kernel by kernel
     prefill     a prompt through 16-bit weights, dense and 2:4
     sparse      the 2:4 products of the shape's matrices
     gptq        GPTQ, few windows; blocks streamed from host memory through --gpu-memory gibibytes
@@ -23,6 +24,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,7 +130,7 @@ class Run:
         self.recorder = Recorder(self.settings, f"shape-7b-{step}")
 
     def record(self, key: str, value: float, unit: str, artifact: str, protocol: dict, n: int = 1) -> None:
-        if artifact != "original" or self.step == "decode":  # elsewhere it is measured as the others' reference only
+        if artifact != "original" or not self.step.startswith("decode-"):  # there it is only the others' reference
             self.recorder.record(key, value, unit, artifact=artifact, protocol=protocol, n=n)
         self.say(f"{artifact:18} {key:18} {value:>12,.3f} {unit}")
 
@@ -215,6 +217,47 @@ def decode_with(run: Run, name: str, kernel: Kernel) -> None:
         share = floor_seconds(model, batch, context + 1, run.bandwidth()) / seconds
         record(f"floor-share-b{batch}", share, "share", n=n)
         record(f"peak-memory-b{batch}", peak.bytes / 1e6, "MB")
+
+
+GROUPS = {  # kernels by what they are for; the first pattern found in a name decides
+    "attention": r"flash|fmha|attention|softmax",
+    "products": r"gemm|gemv|nvjet|cutlass|int4|splitk",
+}
+
+
+def group_of(kernel: str) -> str:
+    """What a kernel is for, by its name: "products", "attention" or "rest"."""
+    return next((name for name, pattern in GROUPS.items() if re.search(pattern, kernel.lower())), "rest")
+
+
+def profile(run: Run) -> None:
+    """Milliseconds of a decoding step by group of kernels, batch 1; the gaps are what the GPU waits in between."""
+    if run.device.type != "cuda":
+        raise NotHere("it counts the time of GPU kernels")
+    for name in ("original", "torch-int4"):
+        run.attempt(name, partial(profile_with, name=name, kernel=KERNELS[name]))
+
+
+def profile_with(run: Run, name: str, kernel: Kernel) -> None:
+    model = load_model(run.settings.model, kernel.dtype, run.device)
+    use_kernel(model, kernel)
+    step, repeats = Decoder(model, 1, run.settings.context_tokens), 20
+    whole = measure_latency(step, repeats, run.device).percentile(50) * 1e3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            step()
+        synchronize(run.device)
+    kernels = {event.key: event.self_device_time_total / 1e3 / repeats for event in profiled.key_averages()}
+    if not any(kernels.values()):
+        raise NotHere("the profiler sees no kernels on this machine")
+    spent = dict.fromkeys((*GROUPS, "rest"), 0.0)
+    for kernel_name, milliseconds in kernels.items():
+        spent[group_of(kernel_name)] += milliseconds
+    spent["gaps"] = max(0.0, whole - sum(spent.values()))
+    for group, milliseconds in spent.items():
+        run.record(f"profile-{group}", milliseconds, "ms", name, {"batch": 1, "context": run.settings.context_tokens})
+    for kernel_name in sorted(kernels, key=kernels.get, reverse=True)[:12]:
+        run.say(f"{name:18} {kernels[kernel_name]:8.3f} ms  {group_of(kernel_name):10} {kernel_name[:80]}")
 
 
 def sparse_weight(weight: Tensor) -> Tensor:
@@ -364,6 +407,7 @@ def some_tokenizer() -> PreTrainedTokenizerFast:
 
 STEPS: dict[str, Callable[[Run], None]] = {
     "decode": partial(decode, names=["torch-int4", "bnb-nf4", "gptq-triton"]),
+    "profile": profile,
     "prefill": prefill,
     "sparse": sparse,
     "gptq": lambda run: compress(run, "gptq", gptq_model, GPTQ, run.settings.nsamples),

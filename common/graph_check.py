@@ -1,8 +1,11 @@
 """Does a CUDA graph hold all of a model's work? Timings of one that does not are too good to be true."""
 
+import torch
+
 from common.benchmarking import Decoder
 
 
+@torch.inference_mode()
 def check_recording(decoder: Decoder) -> None:
     """Raise RuntimeError when the recorded decoding step computes something else than the model itself.
 

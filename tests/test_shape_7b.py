@@ -87,9 +87,26 @@ def test_ratios_belong_to_their_times(whole_run):
 def test_what_needs_a_gpu_is_named(whole_run):
     run, _ = whole_run
     skipped = [line.split() for line in run.lines if "skipped" in line]
-    assert [line[1] for line in skipped] == ["gptq-triton", "prefill", "sparse", "gptq-exllama_v2", "gptq-marlin"]
+    assert [line[1] for line in skipped] == [
+        *("gptq-triton", "profile", "prefill", "sparse", "gptq-exllama_v2", "gptq-marlin")
+    ]
     assert all("GPU" in line for line in skipped)
     assert not [line for line in run.lines if "failed" in line]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNN", "products"),
+        ("void at::native::tinygemm_m16n8k16_chunk_kernel<at::native::ALayout_RM", "products"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16", "products"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention", "attention"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "rest"),
+    ],
+)
+def test_kernels_are_grouped_by_what_they_are_for(kernel, group):
+    assert shape_7b.group_of(kernel) == group
 
 
 def test_a_step_measured_again_leaves_the_other_steps_alone(run):

@@ -143,7 +143,7 @@ def speed() -> Figure:
     keys = {
         r["key"]
         for r in tables.committed()
-        if r["key"].startswith("sparse-speed-") and r["protocol"]["kernel"] == "2:4"
+        if r["key"].startswith("sparse-speed-") and r["protocol"].get("kernel") == "2:4"
     }
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     axis.axhspan(16 / 9, 2, color=GREY, alpha=0.35, label="ideal: 16/9 (bytes) to 2 (arithmetic)")

@@ -107,12 +107,13 @@ def without_progress(outputs: list) -> list:
     for output in outputs:
         if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr":
             continue
-        if output.output_type == "stream":
-            output.text = GREETING.sub("", output.text)
         if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
             kept[-1].text += output.text
         else:
             kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":  # only now, since a line can come in pieces
+            output.text = GREETING.sub("", output.text)
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
 
 

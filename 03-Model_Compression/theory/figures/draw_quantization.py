@@ -132,20 +132,19 @@ def seconds(batch: float, bits: float) -> float:
 
 def measured_speedups() -> dict[str, dict[int, float]]:
     """Decoding speed with 4 bits over that with 16 by batch, as committed: the embedded model, and the 7B shape."""
-    rates: dict[str, dict[str, float]] = {}
     kernels = {"torch-int4": "7B shape, PyTorch's int4", "gptq-marlin": "7B shape, Marlin"}
+    rates: dict[tuple[str, str, int], float] = {}  # of the embedded model, by device, artifact and batch
     found: dict[str, dict[int, float]] = {}
     for r in committed():
-        if (r["lab"], r["notebook"]) == ("quantization", "03-Inference") and r["key"].startswith("throughput-b"):
-            rates.setdefault(r["device"], {})[f"{r['artifact']} {r['key'].removeprefix('throughput-b')}"] = r["value"]
-        if r["lab"] == "shape" and r["artifact"] in kernels and r["key"].startswith("speedup-b"):
+        key, _, batch = r["key"].rpartition("-b")
+        if (r["lab"], r["notebook"], key) == ("quantization", "03-Inference", "throughput"):
+            rates[r["device"], r["artifact"], int(batch)] = r["value"]
+        elif (r["lab"], key) == ("shape", "speedup") and r["artifact"] in kernels:
             name = f"{kernels[r['artifact']]} ({' '.join(r['device'].split()[:2])})"
-            found.setdefault(name, {})[int(r["key"].removeprefix("speedup-b"))] = r["value"]
-    for device, given in rates.items():
-        for name, rate in given.items():
-            artifact, batch = name.split()
-            if artifact == "gptq":
-                found.setdefault(f"135M, {device}", {})[int(batch)] = rate / given[f"original {batch}"]
+            found.setdefault(name, {})[int(batch)] = r["value"]
+    for (device, artifact, batch), rate in rates.items():
+        if artifact == "gptq":
+            found.setdefault(f"135M, {device}", {})[batch] = rate / rates[device, "original", batch]
     return found
 
 

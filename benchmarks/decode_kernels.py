@@ -35,14 +35,23 @@ def _add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Te
     return x, _norm(x, weight, eps)
 
 
-def _split(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, tokens, width] → query, key (both turned to their positions) and value [batch, heads, tokens, head]."""
+def _store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor, heads: int
+) -> Tensor:
+    """Split [batch, tokens, width], turn query and key to their positions, and put key and value into the cache.
+
+    keys, values: the cache [batch, kv_heads, length, head], changed in place; returns the query [batch, heads, tokens,
+    head].
+    """
+    kv_heads = keys.shape[1]
     qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
     turned, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
     query, key = turned.split([heads, kv_heads], dim=1)
-    return query, key, value
+    keys[:, :, positions] = key
+    values[:, :, positions] = value
+    return query
 
 
 def _gate(gate_up: Tensor) -> Tensor:
@@ -71,7 +80,8 @@ class LeanLayer(nn.Module):
         super().__init__()
         attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
         self.index, self.eps = attention.layer_idx, config.rms_norm_eps
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.last = self.index == config.num_hidden_layers - 1
+        self.heads, self.kv_heads, self.head = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
         self.before_attention = layer.input_layernorm.weight
         self.before_mlp = layer.post_attention_layernorm.weight
         self.qkv = convert(stack(attention.q_proj, attention.k_proj, attention.v_proj))
@@ -79,23 +89,29 @@ class LeanLayer(nn.Module):
         self.gate_up = convert(stack(mlp.gate_proj, mlp.up_proj))
         self.down = convert(mlp.down_proj)
 
-    def forward(self, hidden: Tensor, position_embeddings, position_ids: Tensor, past_key_values, **_) -> Tensor:
-        one = hidden.shape[1] == 1
-        fused = _compiled if one and hidden.is_cuda else lambda function: function
-        normed = fused(_norm)(hidden, self.before_attention, self.eps)
-        query, key, value = fused(_split)(self.qkv(normed), *position_embeddings, self.heads, self.kv_heads)
+    def forward(self, hidden, position_embeddings, position_ids: Tensor, past_key_values, **_):
+        """hidden: [batch, tokens, width] for the first layer; between layers a pair of what is still to be added up.
+
+        The sum is taken together with the norm that follows it, in one kernel instead of two.
+        """
+        before, change = hidden if isinstance(hidden, tuple) else (hidden, torch.zeros_like(hidden))
+        one = before.shape[1] == 1
+        fused = _compiled if one and before.is_cuda else lambda function: function
+        hidden, normed = fused(_add_norm)(before, change, self.before_attention, self.eps)
+        qkv = self.qkv(normed)
         cache = past_key_values.layers[self.index]
         if not cache.is_initialized:
-            cache.lazy_initialization(key, value)
-        cache.keys.index_copy_(2, position_ids[0], key)
-        cache.values.index_copy_(2, position_ids[0], value)
-        if one:
-            key, value = cache.keys, cache.values
+            like = qkv.new_empty(len(qkv), self.kv_heads, 1, self.head)
+            cache.lazy_initialization(like, like)
+        query = fused(_store)(qkv, *position_embeddings, cache.keys, cache.values, position_ids[0], self.heads)
+        length = cache.keys.shape[2] if one else before.shape[1]
+        key, value = cache.keys[:, :, :length], cache.values[:, :, :length]
         grouped = self.heads != self.kv_heads
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=not one, enable_gqa=grouped)
         change = self.out(mixed.transpose(1, 2).flatten(2))
         hidden, normed = fused(_add_norm)(hidden, change, self.before_mlp, self.eps)
-        return hidden + self.down(fused(_gate)(self.gate_up(normed)))
+        change = self.down(fused(_gate)(self.gate_up(normed)))
+        return hidden + change if self.last else (hidden, change)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ from common.benchmarking import (
 )
 from common.blocks import iter_linears
 from common.environment import GIB, prepare
-from common.graph_check import check_recording
 from common.pruning import PruneConfig, prune_model
 from common.quantization import QuantizeConfig, gptq_model
 from common.results import Recorder, read
@@ -203,7 +202,6 @@ def decode_with(run: Run, name: str, kernel: Kernel) -> None:
     for batch in settings.batch_sizes:
         with peak_memory(device) as peak:
             step = Decoder(model, batch, context)
-            check_recording(step)
             latency = measure_latency(step, settings.latency_runs, device)
         seconds, n = latency.percentile(50), settings.latency_runs
         del step

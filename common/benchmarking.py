@@ -68,7 +68,8 @@ class Decoder:
     """One decoding step of `model` for `batch` sequences that have `context` tokens in a static KV cache.
 
     Calling it computes the logits of the next token [batch, vocabulary], always at the same position, so that every
-    run does the same work. On a GPU the step is captured once in a CUDA graph and replayed.
+    run does the same work. On a GPU the step is captured once in a CUDA graph and replayed; RuntimeError when the
+    graph does not hold all of the model's work, since timings of such a graph are too good to be true.
     """
 
     @torch.inference_mode()
@@ -80,12 +81,26 @@ class Decoder:
         self.token = prompt[:, -1:].clone()
         self.position = torch.full((batch, 1), context, device=model.device)
         self.run = graphed(self._step, model.device)
+        self._check_recording()
 
     def _step(self) -> torch.Tensor:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.context)  # back to the same position
         out = self.model(input_ids=self.token, position_ids=self.position, past_key_values=self.cache, logits_to_keep=1)
         return out.logits[:, -1]
+
+    def _check_recording(self) -> None:
+        """Compare a replay with the model itself.
+
+        A kernel that is started on another stream than PyTorch's current one (ExLlamaV2's in GPTQModel 7.6.0 is) runs
+        while the step is recorded, but is not recorded: replays silently leave it out, and look fast.
+        """
+        expected = self._step()
+        if not (self.run() - expected).norm() <= 0.01 * expected.norm():  # NaN is no match either
+            raise RuntimeError(
+                "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
+                "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
+            )
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:

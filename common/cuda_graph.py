@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def graphed(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -29,3 +31,37 @@ def graphed(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
         return output
 
     return replay
+
+
+# Attention of whole windows: nothing to mask but the future, which the kernel does by itself. While a graph is
+# captured, transformers would build a mask of [seqlen, seqlen] instead, and lose the fast kernel with it.
+AttentionInterface.register("causal", sdpa_attention_forward)
+AttentionMaskInterface.register("causal", lambda *_, **__: None)
+
+
+class Body(nn.Module):
+    """A causal LM without its head, for windows without padding: ids [batch, seqlen] → hidden states."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.base = model.base_model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.base(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def graphed_body(model: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """`Body(model)`; on a GPU its forward and backward pass are each captured in a CUDA graph, for ids of this shape.
+
+    The model must stay in the mode (train or eval) that it is in, and its weights may change in place only. Under
+    autocast, turn the cache of converted weights off, or the graph would keep those of today.
+    """
+    body = Body(model).train(model.training)
+    if ids.device.type != "cuda":
+        return body
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("causal")
+    try:
+        return torch.cuda.make_graphed_callables(body, (ids.clone(),))
+    finally:
+        model.set_attn_implementation(usual)

@@ -1,7 +1,9 @@
 """What machine this is, what is installed on it, and how much of it a notebook used."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -16,7 +18,6 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from logbar import LogBar
 
 from common.settings import Settings, load_settings, seed_everything
 
@@ -57,7 +58,10 @@ def _quiet() -> None:
     # GPTQModel starts worker pools sized for servers and dies on a machine with fewer cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
     transformers.utils.logging.disable_progress_bar()
-    LogBar.shared().setLevel("ERROR")  # GPTQModel's
+    with contextlib.redirect_stdout(io.StringIO()):
+        from logbar import LogBar  # GPTQModel's; greets on import where it takes the terminal for a CI
+
+        LogBar.shared().setLevel("ERROR")
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the backend we ask for is used

@@ -10,7 +10,6 @@ Executed copies are kept in `.work/runs/<profile>/`.
 import argparse
 import datetime
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
 CHAPTER = ROOT / "03-Model_Compression"
-GREETING = re.compile(r"\n?\r?INFO  LogBar: headless.*\n")  # what a library says when CI is set
 LAB_OF_FOLDER = {
     "Lab-3.1-Quantization": "quantization",
     "Lab-3.2-Pruning": "pruning",
@@ -111,9 +109,6 @@ def without_progress(outputs: list) -> list:
             kept[-1].text += output.text
         else:
             kept.append(output)
-    for output in kept:
-        if output.output_type == "stream":  # only now, since a line can come in pieces
-            output.text = GREETING.sub("", output.text)
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
 
 

@@ -1,6 +1,7 @@
 """Training a student with `transformers.Trainer`: data, loss, validation, checkpoints, and a guard against NaN."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts
+from common.cuda_graph import graphed_body
 from common.distillation import (
     distillation_loss,
     kd_loss,
@@ -92,12 +94,21 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against
+        self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch already
         if objective.minilm and teacher is None:
             raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
 
     def autocast(self):
-        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        wanted = self.compute_dtype != torch.float32
+        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=wanted, cache_enabled=False)
+
+    def train(self, *args, **kwargs):
+        """Train, then let go of the CUDA graphs and the memory of all activations that they hold."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.bodies.clear()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """Mean loss over the batch's tokens that have a predecessor."""
@@ -132,9 +143,14 @@ class DistillationTrainer(Trainer):
 
     def _forward(self, model, ids: Tensor) -> tuple[Tensor, tuple | None]:
         """Last hidden states of every position that predicts a token [tokens, hidden], and MiniLM's relations."""
-        out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.objective.minilm))
-        relations = last_relations(model, out.hidden_states[-2]) if self.objective.minilm else None
-        return out.last_hidden_state[:, :-1].flatten(0, 1), relations
+        if self.objective.minilm:
+            out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+            hidden, relations = out.last_hidden_state, last_relations(model, out.hidden_states[-2])
+        else:
+            if model not in self.bodies:
+                self.bodies[model] = graphed_body(model, ids)
+            hidden, relations = self.bodies[model](ids), None
+        return hidden[:, :-1].flatten(0, 1), relations
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         """Perplexity on the validation windows, and KL divergence from the teacher; logged like any evaluation."""
@@ -196,7 +212,7 @@ def training_arguments(
     weight_decay: float = 0.1,
 ) -> TrainingArguments:
     """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         run_name=name,
         max_steps=steps,
@@ -222,6 +238,8 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
+    made._n_gpu = min(made.n_gpu, 1)  # else a second card makes Trainer wrap the model in DataParallel
+    return made
 
 
 def history(trainer: Trainer, key: str) -> dict[int, float]:

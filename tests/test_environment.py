@@ -1,5 +1,9 @@
 """What the first cells of every notebook print."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,6 +18,14 @@ def test_prepare_prints_every_value_with_its_meaning(capsys):
         assert name in out
         assert str(value) in out
         assert settings.documentation[name] in out
+
+
+def test_prepare_lets_no_library_greet():
+    code = "from common.environment import prepare; prepare('quantization', 'cpu'); import gptqmodel"
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CI": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("profile cpu")
+    assert "LogBar" not in ran.stdout + ran.stderr
 
 
 def test_prepare_seeds(capsys):

@@ -101,9 +101,3 @@ def test_a_recorded_notebook_has_no_injected_cell_and_counts_from_one():
     run.without_parameters(book)
     assert [(c.source, c.execution_count) for c in book.cells] == [("a", 1), ("c", 2)]
     assert book.cells[1].outputs[0].execution_count == 2
-
-
-def test_a_librarys_greeting_is_no_output_even_when_it_comes_in_pieces():
-    pieces = ("first\n", "\n\r", "INFO  LogBar: headless/CI", " mode; progress animations disabled.   \n", "last\n")
-    (kept,) = run.without_progress([nbformat.v4.new_output("stream", name="stdout", text=piece) for piece in pieces])
-    assert kept.text == "first\nlast\n"

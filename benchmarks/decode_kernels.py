@@ -81,7 +81,8 @@ class LeanLayer(nn.Module):
         attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
         self.index, self.eps = attention.layer_idx, config.rms_norm_eps
         self.last = self.index == config.num_hidden_layers - 1
-        self.heads, self.kv_heads, self.head = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head = attention.head_dim
         self.before_attention = layer.input_layernorm.weight
         self.before_mlp = layer.post_attention_layernorm.weight
         self.qkv = convert(stack(attention.q_proj, attention.k_proj, attention.v_proj))

@@ -93,10 +93,11 @@ class Decoder:
         """Compare a replay with the model itself.
 
         A kernel that is started on another stream than PyTorch's current one (ExLlamaV2's in GPTQModel 7.6.0 is) runs
-        while the step is recorded, but is not recorded: replays silently leave it out, and look fast.
+        while the step is recorded, but is not recorded: replays silently leave it out, and look fast. Rounding alone
+        makes a percent (a library may sum in another order while recording), a missing product far more than ten.
         """
         expected = self._step()
-        if not (self.run() - expected).norm() <= 0.01 * expected.norm():  # NaN is no match either
+        if not (self.run() - expected).norm() <= 0.1 * expected.norm():  # NaN is no match either
             raise RuntimeError(
                 "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
                 "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."

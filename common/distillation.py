@@ -9,19 +9,15 @@ Softening divides the gradient by T twice; T² gives it back, so that α means t
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from common.blocks import decoder_blocks
 from common.structured import drop_blocks
-
-CHUNK = 2048  # tokens whose logits are held at once; changes memory, not the result
 
 
 def check_tokenizers(teacher, student) -> None:
@@ -66,62 +62,21 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
-class _TopKDivergence(torch.autograd.Function):
-    """KL over the k + 1 outcomes of `top_k_kd_loss`, with its gradient written out.
-
-    The logits are by far the largest tensors of a step; going over them as rarely as possible halves the cost of the
-    loss. With q and p over k + 1 outcomes, ∂KL/∂z is q_i - p_i for a stored token, and for any other token its share
-    of the tail, exp(z_j) / Σ_tail exp(z), times q_tail - p_tail.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, ids, log_probs, temperature):
-        top, other, _ = _TopKDivergence.parts(logits, ids, temperature)
-        log_q = torch.cat((top, other), dim=-1).log_softmax(-1)
-        ctx.save_for_backward(logits, ids, log_probs, log_q)
-        ctx.temperature = temperature
-        return F.kl_div(log_q, log_probs, log_target=True, reduction="sum")
-
-    @staticmethod
-    def parts(logits, ids, temperature):
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
-        top = z.gather(-1, ids)
-        z.scatter_(-1, ids, -math.inf)
-        return top, z.logsumexp(-1, keepdim=True), z
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, ids, log_probs, log_q = ctx.saved_tensors
-        _, other, z = _TopKDivergence.parts(logits, ids, ctx.temperature)
-        difference = (log_q.exp() - log_probs.exp()) * (gradient / ctx.temperature)
-        z.sub_(other).exp_().mul_(difference[..., -1:])
-        z.scatter_(-1, ids, difference[..., :-1].to(z.dtype))
-        return z.to(logits.dtype), None, None, None
-
-
 def top_k_kd_loss(student_logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
     """T² · KL between k + 1 outcomes, summed over tokens: the teacher's k likeliest tokens, and "any other".
 
     student_logits [tokens, vocabulary]; ids [tokens, k]; log_probs [tokens, k + 1] at the same temperature, the last
     one of all other tokens together. Merging outcomes can only lower a KL divergence (data-processing inequality).
     """
-    return temperature**2 * _TopKDivergence.apply(student_logits, ids, log_probs, temperature)
+    log_q = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
+    other = log_q.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    outcomes = torch.cat((log_q.gather(-1, ids), other), dim=-1)
+    return temperature**2 * F.kl_div(outcomes, log_probs, log_target=True, reduction="sum")
 
 
 def distillation_loss(cross_entropy: Tensor, divergence: Tensor, alpha: float) -> Tensor:
     """α · CE + (1 - α) · T² · KL, of two losses over the same tokens."""
     return alpha * cross_entropy + (1 - alpha) * divergence
-
-
-def over_chunks(loss: Callable[..., Tensor], *per_token: Tensor) -> Tensor:
-    """The sum of `loss(*slices)` over slices of CHUNK tokens, each recomputed in the backward pass.
-
-    Logits of a whole batch are its largest tensors by far (49,152 numbers a token); this way they never exist at once.
-    """
-    if len(per_token[0]) <= CHUNK:
-        return loss(*per_token)
-    slices = zip(*(tensor.split(CHUNK) for tensor in per_token), strict=True)
-    return sum(checkpoint(loss, *tensors, use_reentrant=False) for tensors in slices)
 
 
 def last_relations(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,15 @@ quantities, even for the same model; `common.results` therefore stores the proto
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+TOKENS_ON_GPU = 4096  # read together; memory for their logits is 4096 · vocabulary · 2 bytes in bfloat16
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ def evaluate(
     """
     model.eval()
     losses, divergences, agreements = [], [], []
-    for number, ids in enumerate(tqdm(windows, desc="evaluate", unit="window", leave=False)):
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [seqlen - 1, vocabulary]
+    every = tqdm(_logits(model, windows), desc="evaluate", total=len(windows), unit="window", leave=False)
+    for number, (ids, logits) in enumerate(every):
         log_probs = F.log_softmax(logits.float(), dim=-1)
         losses.append(F.nll_loss(log_probs, ids[1:]).item())
         if keep is not None and number < keep.windows:
@@ -63,6 +65,17 @@ def evaluate(
     perplexity = loss.mean().exp().item()
     error = perplexity * loss.std(correction=1).item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     return Quality(perplexity, error, _mean(divergences), _mean(agreements))
+
+
+def _logits(model: nn.Module, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each window's token ids [seqlen], and the logits of every position that predicts one [seqlen - 1, vocabulary].
+
+    A GPU takes as long for several short windows as for one, since it waits for Python meanwhile.
+    """
+    together = max(1, TOKENS_ON_GPU // windows.shape[1]) if model.device.type == "cuda" else 1
+    for batch in windows.split(together):
+        ids = batch.to(model.device)
+        yield from zip(ids, model(input_ids=ids, use_cache=False).logits[:, :-1], strict=True)
 
 
 def _mean(values: list[float]) -> float | None:

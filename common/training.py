@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -15,15 +14,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts
 from common.cuda_graph import graphed_body
-from common.distillation import (
-    distillation_loss,
-    kd_loss,
-    last_relations,
-    minilm_loss,
-    over_chunks,
-    top_k_kd_loss,
-)
+from common.distillation import distillation_loss, last_relations, minilm_loss
 from common.evaluation import Baseline, evaluate
+from common.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.soft_labels import SoftLabels
 
 
@@ -112,34 +105,36 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """Mean loss over the batch's tokens that have a predecessor."""
-        alpha, temperature = self.objective.alpha, self.objective.temperature
-        labels = inputs["input_ids"][:, 1:].flatten()
+        labels, soft = inputs["input_ids"][:, 1:].flatten(), ()
         with self.autocast():
             hidden, relations = self._forward(model, inputs["input_ids"])
             if self.teacher is not None:
                 with torch.no_grad():
                     taught, teacher_relations = self._forward(self.teacher, inputs["input_ids"])
-            head, soft = model.get_output_embeddings(), ()
-            if alpha < 1 and "top_ids" in inputs:
-                soft = inputs["top_ids"].flatten(0, 1), inputs["log_probs"].flatten(0, 1)
-            elif alpha < 1:
-                soft = (taught,)
-
-            def loss(hidden, labels, *soft):
-                logits = head(hidden)
-                hard = F.cross_entropy(logits.float(), labels, reduction="sum") if alpha else 0.0
-                if not soft:
-                    return hard
-                if len(soft) == 2:
-                    return distillation_loss(hard, top_k_kd_loss(logits, *soft, temperature), alpha)
-                with torch.no_grad():
-                    teacher_logits = self.teacher.get_output_embeddings()(*soft)
-                return distillation_loss(hard, kd_loss(logits, teacher_logits, temperature), alpha)
-
-            total = over_chunks(loss, hidden, labels, *soft) / len(labels)
-            if self.objective.minilm:
-                total = total + self.objective.minilm * minilm_loss(relations, teacher_relations)
+        if self.objective.alpha < 1 and "top_ids" in inputs:
+            soft = inputs["top_ids"].flatten(0, 1), inputs["log_probs"].flatten(0, 1)
+        elif self.objective.alpha < 1:
+            soft = (taught,)
+        weight = model.get_output_embeddings().weight
+        both = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
+        total = head_loss(*both, self._loss_and_gradient, labels, *soft) / len(labels)
+        if self.objective.minilm:
+            total = total + self.objective.minilm * minilm_loss(relations, teacher_relations)
         return total
+
+    def _loss_and_gradient(self, logits: Tensor, labels: Tensor, *soft: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective's loss and gradient; soft: stored labels (ids, log_probs), or the teacher's hidden states."""
+        alpha, temperature = self.objective.alpha, self.objective.temperature
+        if not soft:
+            return cross_entropy_and_gradient(logits, labels)
+        if len(soft) == 2:
+            divergence, gradient = top_k_kd_and_gradient(logits, *soft, temperature)
+        else:
+            divergence, gradient = kd_and_gradient(logits, self.teacher.get_output_embeddings()(*soft), temperature)
+        if not alpha:
+            return divergence, gradient
+        hard, to_answer = cross_entropy_and_gradient(logits, labels)
+        return distillation_loss(hard, divergence, alpha), gradient.lerp_(to_answer, alpha)
 
     def _forward(self, model, ids: Tensor) -> tuple[Tensor, tuple | None]:
         """Last hidden states of every position that predicts a token [tokens, hidden], and MiniLM's relations."""

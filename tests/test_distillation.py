@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from common import distillation, soft_labels
+from common import head_loss as head_loss_module
+from common import soft_labels
 from common.distillation import (
     check_tokenizers,
     continuations,
@@ -20,10 +21,10 @@ from common.distillation import (
     last_relations,
     minilm_loss,
     most_influential,
-    over_chunks,
     student_from_teacher,
     top_k_kd_loss,
 )
+from common.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.soft_labels import fingerprint, load_soft_labels, make_soft_labels, top_k_and_tail
 
 shapes = st.tuples(st.integers(1, 5), st.integers(3, 40))
@@ -144,17 +145,57 @@ def test_temperature_squared_keeps_gradients_at_one_scale(temperature):
     assert without.norm() < 0.02 * expected.norm()
 
 
-def test_chunks_change_neither_value_nor_gradient(monkeypatch):
+def gradients_by_autograd(student, teacher, labels, temperature):
+    """name → (loss and gradient as the trainer computes them, the loss as it is defined, further arguments)."""
+    ids, log_probs = top_k_and_tail(teacher, 2, temperature)
+    log_probs = log_probs.to(torch.promote_types(student.dtype, torch.float32)).log_softmax(-1)
+    return {
+        "ce": (cross_entropy_and_gradient, lambda z, y: F.cross_entropy(z, y, reduction="sum"), (labels,)),
+        "kd": (kd_and_gradient, kd_loss, (teacher, temperature)),
+        "top-k": (top_k_kd_and_gradient, top_k_kd_loss, (ids, log_probs, temperature)),
+    }
+
+
+@given(shape=shapes, temperature=temperatures, seed=seeds)
+def test_closed_gradients_are_those_of_the_definitions(shape, temperature, seed):
+    student, teacher = (logits.double() for logits in random_logits(shape, seed))
+    labels = torch.randint(shape[1], shape[:1], generator=torch.Generator().manual_seed(seed))
+    for fast, definition, others in gradients_by_autograd(student, teacher, labels, temperature).values():
+        loss, gradient = fast(student.clone(), *others)
+        z = student.clone().requires_grad_()
+        expected = definition(z, *others)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "top-k"])
+def test_closed_gradients_leave_their_inputs_alone_and_take_16_bits(name):
+    student, teacher = (logits.bfloat16() for logits in random_logits((5, 40), 2))
+    before = student.clone()
+    fast, definition, others = gradients_by_autograd(student, teacher, torch.arange(5), 2.0)[name]
+    loss, gradient = fast(student, *others)
+    assert torch.equal(student, before)
+    assert gradient.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(loss, definition(student.float(), *others), rtol=1e-4, atol=1e-4)
+
+
+def test_closed_top_k_gradient_survives_a_student_that_is_almost_certain():
+    labels = torch.tensor([[0]]), torch.tensor([[0.25, 0.75]]).log()
+    for certainty in (40.0, 1e4):  # the tail's probability is tiny, then zero
+        loss, gradient = top_k_kd_and_gradient(torch.tensor([[certainty, 0.0, 0.0, -5.0]]), *labels, 1.0)
+        assert loss.isfinite() and gradient.isfinite().all()
+        assert gradient[0, 0] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("chunk", [3, 10, 64])
+def test_head_loss_is_the_loss_of_the_logits_whatever_the_chunk(monkeypatch, chunk):
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     labels = torch.randint(7, (10,))
-
-    def loss(hidden, labels):
-        return F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-
-    whole = torch.autograd.grad(loss(hidden, labels), (hidden, weight))
-    monkeypatch.setattr(distillation, "CHUNK", 3)
-    parts = torch.autograd.grad(over_chunks(loss, hidden, labels), (hidden, weight))
-    for a, b in zip(whole, parts, strict=True):
+    expected = F.cross_entropy(hidden @ weight.T, labels)
+    monkeypatch.setattr(head_loss_module, "CHUNK", chunk)
+    loss = head_loss(hidden, weight, cross_entropy_and_gradient, labels) / 10
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(*(torch.autograd.grad(one, (hidden, weight)) for one in (loss, expected)), strict=True):
         torch.testing.assert_close(a, b)
 
 

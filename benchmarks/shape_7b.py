@@ -289,7 +289,7 @@ def prefill(run: Run) -> None:
         linear.weight = nn.Parameter(sparse_weight(linear.weight), requires_grad=False)
     release_memory()
     measure("2:4")
-    # The sparse product comes in columns, and fast attention kernels want rows: PyTorch takes a slow one in their place.
+    # The sparse product comes in columns, fast attention kernels want rows: PyTorch takes a slow one in their place.
     for _, linear in iter_linears(model):
         linear.register_forward_hook(lambda module, inputs, product: product.contiguous())
     measure("2:4, in rows")

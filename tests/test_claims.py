@@ -130,6 +130,37 @@ def test_the_teacher_is_worth_listening_to(device):
     assert kl["KD only"] < kl["shuffled teacher"]
 
 
+@pytest.mark.parametrize("device", [d for d in devices("03-Distill_Student", "distillation") if "NVIDIA" in d])
+def test_half_the_blocks_learn_from_the_teacher_what_fine_tuning_does_not_teach(device):
+    once = figures(device, "distillation", "03-Distill_Student", "trained-perplexity")
+    spread = figures(device, "distillation", "03-Distill_Student", "trained-perplexity", "spread")
+    assert once["CE + KD"] < 0.95 * once["CE only"]
+    assert once["CE only"] - once["CE + KD"] > 30 * max(spread["CE only"], spread["CE + KD"])
+    assert once["CE + KD"] < min(once["CE + KD + MiniLM"], once["CE + KD + written text"], once["KD only"])
+    teacher = figures(device, "distillation", "01-Setup", "perplexity")["original"]
+    long = figures(device, "distillation", "03-Distill_Student", "long-perplexity")
+    assert long["CE + KD"] < 1.8 * teacher
+    assert long["CE only"] > 2 * once["CE only"]  # learnt by heart
+    assert once["CE + KD"] < long["CE + KD"] < 1.06 * once["CE + KD"]  # a little, too: half its loss is hard labels
+    kl = figures(device, "distillation", "03-Distill_Student", "trained-kl")
+    assert kl["KD only"] == min(kl.values())
+    assert kl["CE + KD + written text"] < kl["CE + KD"] < kl["CE + KD + MiniLM"]
+
+
+@pytest.mark.parametrize("device", devices("03-Distill_Student", "distillation"))
+def test_stored_labels_save_the_teachers_forward_pass(device):
+    rate = figures(device, "distillation", "03-Distill_Student", "training-rate")
+    assert rate["teacher in the loop"] * 1.3 < rate["stored soft labels"] < rate["CE only"]
+    if "NVIDIA" in device:  # where nobody waits for Python, arithmetic is the limit
+        assert rate["stored soft labels"] < 1.55 * rate["teacher in the loop"]
+
+
+def test_distillation_of_the_gpu_profile_takes_less_than_four_minutes_and_a_small_card():
+    own = {r["key"]: r["value"] for r in RECORDS if (r["notebook"], r["profile"]) == ("03-Distill_Student", "gpu")}
+    assert own["notebook-seconds"] < 240
+    assert own["notebook-gpu-memory"] < 15
+
+
 # --- side by side with other libraries ------------------------------------------------------------------------------
 
 
@@ -227,3 +258,18 @@ def test_two_in_four_helps_single_products_and_not_yet_the_whole_prefill():
         assert shape_figures("sparse-speed-1")[matrix] < 0.5
         assert shape_figures("sparse-speed-4096")[matrix] > 1
     assert shape_figures("prefill-speed")["2:4"] < 0.5
+
+
+def test_without_its_products_in_rows_two_in_four_loses_to_slow_attention():
+    for device in devices("03-Inference"):
+        if "NVIDIA" in device:
+            took = figures(device, "pruning", "03-Inference", "prefill")
+            assert took["2:4 kernels"] > 5 * took["2:4 kernels, in rows"] > 5 * took["dense kernels"]
+
+
+def test_only_products_profit_from_four_bits():
+    kinds = ("products", "attention", "rest", "gaps")
+    wide, narrow = ({k: shape_figures(f"profile-{k}")[name] for k in kinds} for name in ("original", "torch-int4"))
+    assert wide["products"] > 2.3 * narrow["products"]
+    assert all(narrow[k] > 0.9 * wide[k] for k in ("attention", "rest", "gaps"))
+    assert sum(wide.values()) < 2.2 * sum(narrow.values())

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from common.blocks import decoder_blocks
+from common.head_loss import log_softmax
 from common.structured import drop_blocks
 
 
@@ -51,14 +52,10 @@ def student_from_teacher(teacher: nn.Module, keep: list[int]) -> nn.Module:
     return student.float().requires_grad_(True)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² · KL(p_T ‖ q_T), summed over tokens. Both logits are [tokens, vocabulary]."""
-    log_q = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
-    log_p = F.log_softmax(_at_least_float32(teacher_logits) / temperature, dim=-1)
+    log_q = log_softmax(student_logits, temperature)
+    log_p = log_softmax(teacher_logits, temperature)
     return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
@@ -68,7 +65,7 @@ def top_k_kd_loss(student_logits: Tensor, ids: Tensor, log_probs: Tensor, temper
     student_logits [tokens, vocabulary]; ids [tokens, k]; log_probs [tokens, k + 1] at the same temperature, the last
     one of all other tokens together. Merging outcomes can only lower a KL divergence (data-processing inequality).
     """
-    log_q = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
+    log_q = log_softmax(student_logits, temperature)
     other = log_q.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
     outcomes = torch.cat((log_q.gather(-1, ids), other), dim=-1)
     return temperature**2 * F.kl_div(outcomes, log_probs, log_target=True, reduction="sum")

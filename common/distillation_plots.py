@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from common.plots import BLUE, GREEN, GREY, ORANGE
 
@@ -29,13 +30,16 @@ def influences(values: list[float], kept: list[int], title: str) -> Figure:
 
 
 def learning_curves(panels: dict[str, dict[str, dict[float, float]]], title: str) -> Figure:
-    """Panels side by side (label of the y axis → run → step → value)."""
+    """Panels side by side (label of the y axis → run → step → value), logarithmic: one bad run must not hide others."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     colors = (GREY, BLUE, ORANGE, GREEN, "#9333ea", "#db2777")
     for axis, (ylabel, runs) in zip(axes[0], panels.items(), strict=True):
         for (name, series), color in zip(runs.items(), colors, strict=False):
             axis.plot(list(series), list(series.values()), "o-", markersize=3, color=color, label=name)
-        axis.set(xlabel="step", ylabel=ylabel)
+        axis.set(xlabel="step", ylabel=f"{ylabel} (log)", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0, -1].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     return figure

@@ -20,7 +20,7 @@ CHUNK = 2048  # tokens whose logits are held at once; changes memory, not the re
 LossAndGradient = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), in float32 or better: sums over a vocabulary need it."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature != 1:
@@ -30,7 +30,7 @@ def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with labels [tokens]; its gradient is prediction - answer."""
-    log_q, answers = _log_softmax(logits), labels[:, None]
+    log_q, answers = log_softmax(logits), labels[:, None]
     loss = -log_q.gather(-1, answers).sum()
     gradient = log_q.exp_()
     return loss, gradient.scatter_add_(-1, answers, gradient.new_full(answers.shape, -1.0))
@@ -38,7 +38,7 @@ def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 def kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`common.distillation.kd_loss`; its gradient is T · (student - teacher)."""
-    log_q, log_p = _log_softmax(logits, temperature), _log_softmax(teacher_logits, temperature)
+    log_q, log_p = log_softmax(logits, temperature), log_softmax(teacher_logits, temperature)
     loss = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
     return loss, log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
 
@@ -48,7 +48,7 @@ def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temper
 
     Every other token gets its share of the same difference of the tails: q_j / q_tail.
     """
-    log_q = _log_softmax(logits, temperature)
+    log_q = log_softmax(logits, temperature)
     top = log_q.gather(-1, ids)
     others = log_q.exp_().scatter_(-1, ids, 0.0)
     tail = others.sum(-1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny)  # not 1 - Σ, which underflows

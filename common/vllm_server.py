@@ -1,6 +1,7 @@
 """vLLM's own server, from its own environment (`make serve-env`), on the loopback interface."""
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ MODEL_NAME = "course"  # what clients ask for
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_INT4_W4A8": "0",  # else vLLM also rounds activations, to 8 bits, on CPUs with AMX
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at first use, and greedy answers have no use for it
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -62,10 +64,11 @@ def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -
 
 
 @contextlib.contextmanager
-def serve_vllm(model: artifacts.Artifact, log: Path, *, context: int, sequences: int) -> Iterator[VLLM]:
-    """Serve what `servable` returned while the block lasts.
+def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int) -> Iterator[VLLM]:
+    """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
-    context: tokens per request, prompt and answer together; sequences: requests computed together.
+    dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
+    sequences: requests computed together. Prompts are computed anew each time, so that the first token's delay is real.
     Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
     """
     if missing():
@@ -73,11 +76,13 @@ def serve_vllm(model: artifacts.Artifact, log: Path, *, context: int, sequences:
     port = free_port()
     root = f"http://127.0.0.1:{port}"
     # `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` does not have; its module does not.
-    command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model.folder]
+    command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
-    command += ["--dtype", model.settings["dtype"], "--max-model-len", context, "--max-num-seqs", sequences]
+    command += ["--dtype", dtype, "--max-model-len", context, "--max-num-seqs", sequences, "--no-enable-prefix-caching"]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", "0.5"]  # the notebook's own models are on the card, too
+        # CUDA graphs without torch.compile, which would take longer than a notebook uses the server.
+        command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     else:
         command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
     environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}

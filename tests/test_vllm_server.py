@@ -94,7 +94,7 @@ def test_without_vllm_the_error_says_what_to_run(checkpoint, tmp_path, monkeypat
     monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "nowhere")
     with (
         pytest.raises(FileNotFoundError, match="make serve-env"),
-        serve_vllm(checkpoint(), tmp_path / "log", context=64, sequences=1),
+        serve_vllm(checkpoint().folder, tmp_path / "log", dtype="float32", context=64, sequences=1),
     ):
         raise AssertionError("the block must not run")
 
@@ -115,7 +115,7 @@ def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):
     served = servable(source, tmp_path / "served", torch.float32)
     with (
         pytest.raises(ZeroDivisionError),
-        serve_vllm(served, tmp_path / "log", context=256, sequences=2) as server,
+        serve_vllm(served.folder, tmp_path / "log", dtype=served.settings["dtype"], context=256, sequences=2) as server,
     ):
         client = openai.OpenAI(base_url=server.url, api_key="unused")
         question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]

@@ -46,7 +46,7 @@ engines: .venv/.engines
 
 # LLAMA_BUILD_COMMON and LLAVA_BUILD: command-line helpers and vision, which take as long to compile as the engine.
 # No cache: the engine is compiled for the processor of this machine.
-.venv/.engines: requirements-engines.txt | .venv/.ready
+.venv/.engines: requirements-engines.txt common/llamacpp.cmake | .venv/.ready
 	@echo "Compiling llama.cpp (once, a few minutes) ..."
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/llamacpp.cmake" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -r $<

@@ -5,7 +5,7 @@
 Every measurement runs in a process of its own (so that peaks of memory are its own), the contenders alternating, once
 per seed of the calibration data. What has been measured with the profile's numbers stays in .work/bench and is not
 measured again; an implementation that cannot run is listed with its error. `--record` makes the figures the committed
-ones.
+ones; rows that were not measured keep theirs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import contenders, distil, reference
 from benchmarks.contenders import Clock, Contender, Task
-from common import tables
+from common import results, tables
 from common.assets import load_model, load_tokenizer, locate
 from common.environment import prepare
 from common.evaluation import Baseline, evaluate
@@ -262,6 +262,14 @@ def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[s
     return failed, recorder
 
 
+def keep_unmeasured(recorder: Recorder) -> None:
+    """Rows that were not measured this time keep their committed figures: a GPU may be lent for parts only."""
+    measured = {record["artifact"] for record in results.read(recorder.file)}
+    committed = results.read(tables.COMMITTED / slug(recorder.device) / recorder.file.name)
+    kept = [r for r in committed if r["profile"] == recorder.settings.profile and r["artifact"] not in measured]
+    results.merge(kept, recorder.file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The course's methods beside the well-known implementations.")
     parser.add_argument("--only", default="", help="rows whose name begins so, such as gptq-w4 or wanda")
@@ -284,6 +292,7 @@ def main() -> None:
     if failed:
         print("\nCould not run:\n  " + "\n  ".join(failed))
     if options.record:
+        keep_unmeasured(recorder)
         tables.promote(NOTEBOOK, recorder.file)
     print(f"\nFigures: {recorder.file}\nLogs of every measurement: {folder}/*.log")
 

@@ -106,6 +106,21 @@ def test_records_hold_medians_spreads_and_errors(settings, tmp_path):
     assert records["gptq/them", "failed"]["protocol"] == {"error": "RuntimeError: needs CUDA"}
 
 
+def test_rows_that_were_not_measured_keep_their_committed_figures(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.tables, "COMMITTED", tmp_path / "committed")
+    for seed, names in enumerate((["gptq/ours", "gptq/them"], ["gptq/ours"])):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for name in names:
+            outcome(folder, name, 0, figures={"perplexity": [10.0 + seed, "ppl"]})
+        _, recorder = bench.collect([row(name) for name in ("gptq/ours", "gptq/them")], settings, folder)
+        bench.keep_unmeasured(recorder)
+        bench.tables.promote(bench.NOTEBOOK, recorder.file)
+    (file,) = (tmp_path / "committed").glob("*/*.json")
+    values = {r["artifact"]: r["value"] for r in read(file) if r["key"] == "perplexity"}
+    assert values == {"gptq/ours": 11.0, "gptq/them": 10.0}
+
+
 def test_one_real_measurement(settings, tmp_path, llama, tokenizer, windows):
     """Ours, on a tiny model: what is timed, evaluated and saved; the second is compared with the first."""
     llama.save_pretrained(tmp_path / "model")

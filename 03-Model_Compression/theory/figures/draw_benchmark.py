@@ -51,7 +51,7 @@ def quality_against_time(device: str) -> Figure:
                         label=library if marker == "o" else None,
                         capsize=3,
                     )
-        axis.set(xscale="log", xlim=(0.7, 900))
+        axis.set(xscale="log", xlim=(0.15, 900))
         axis.set_xticks([1, 10, 100], ["1", "10", "100"], minor=False)
         axis.minorticks_off()
         axis.set_title(title, fontsize=9)

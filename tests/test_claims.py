@@ -116,6 +116,9 @@ def test_llama_cpp_computes_the_same_and_fewer_bits_cost_more(device):
     kl = figures(device, "quantization", "04-Deploy", "engine-kl")
     assert kl["gguf-f16"] < kl["gguf-Q8_0"] < kl["gguf-Q4_K_M"] < kl["gguf-Q2_K"]
     assert kl["gguf-gptq → Q4_K_M"] > kl["gguf-Q4_K_M"]  # rounded twice
+    if rate := figures(device, "quantization", "04-Deploy", "engine-decode").get("gguf-f16"):
+        faster = figures(device, "quantization", "04-Deploy", "engine-decode")
+        assert 1.1 * rate < faster["gguf-Q8_0"] < faster["gguf-Q2_K"]  # a CPU waits for memory, not for products
 
 
 @pytest.mark.parametrize("device", devices("04-Deploy", "quantization"))

@@ -44,17 +44,19 @@ find "$out/4" -name '*.so.0.*' -delete
 "$python" -m venv "$out/tmp/serve"
 "$out/tmp/serve/bin/pip" install --quiet cachetools blake3 py-cpuinfo protobuf 'fastapi<0.137' openai tiktoken msgspec \
     prometheus-fastapi-instrumentator lm-format-enforcer==0.11.3 'llguidance<1.8' outlines_core==0.2.14 lark==1.2.2 \
-    partial-json-parser mistral_common einops depyf==0.20.0 cloudpickle six watchfiles python-json-logger ninja pybase64 cbor2 ijson \
+    partial-json-parser mistral_common einops depyf==0.20.0 cloudpickle six watchfiles python-json-logger ninja pybase64 \
+    cbor2 ijson \
     setproctitle openai-harmony 'model-hosting-container-standards<1' opentelemetry-sdk opentelemetry-exporter-otlp \
-    opentelemetry-semantic-conventions-ai pyzmq loguru 'setuptools<81' python-multipart email-validator uvloop
+    opentelemetry-semantic-conventions-ai pyzmq loguru 'setuptools<81' python-multipart email-validator uvloop \
+    uvicorn
 "$out/tmp/serve/bin/pip" install --quiet --no-deps compressed-tensors==0.17.0 xgrammar==0.2.1 apache-tvm-ffi==0.1.10 \
     vllm==$vllm
 cd "$out"/tmp/serve/lib/python3*/site-packages
 xz -9 -c vllm/_C_stable_libtorch.abi3.so > "$out/5/_C_stable_libtorch.abi3.so.xz"
 # Kept out: kernels for other GPUs and for experts, sources of CUTLASS, and what is large and never imported.
 tar -cJf "$out/6/serve.tar.xz" --exclude=__pycache__ --exclude=vllm-rs --exclude='_C_stable*.so' --exclude='_moe_C*' \
-    --exclude='_qutlass*' --exclude='_flashmla*' --exclude='*_fa2_C*' --exclude='third_party/*/cutlass' --exclude=deep_gemm --exclude='*.a' --exclude=./pip --exclude='./numpy*' \
-    --exclude='./cryptography' --exclude='locales' --exclude='./mistral_common/data' --exclude='./PIL' \
-    --exclude=./pillow.libs .
+    --exclude='_qutlass*' --exclude='_flashmla*' --exclude='*_fa2_C*' --exclude='third_party/*/cutlass' \
+    --exclude=deep_gemm --exclude='*.a' --exclude=./pip --exclude='./numpy*' --exclude=./cryptography \
+    --exclude=locales --exclude=./mistral_common/data --exclude=./PIL --exclude=./pillow.libs .
 rm -r "$out/tmp"
 du -sm "$out"/*

@@ -48,6 +48,7 @@ engines: .venv/.engines
 # No cache: the engine is compiled for the processor of this machine.
 .venv/.engines: requirements-engines.txt common/llamacpp.cmake | .venv/.ready
 	@echo "Compiling llama.cpp (once, a few minutes) ..."
+	@$(BIN)/pip uninstall --quiet --yes llama-cpp-python 2>/dev/null # else pip keeps one that was compiled otherwise
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/llamacpp.cmake" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -r $<
 	@touch $@

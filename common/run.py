@@ -19,6 +19,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from common import provenance, results, tables
+from common.assets import embedded_folder
 from common.environment import device_name
 from common.settings import PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 
@@ -159,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
 
     notebooks = find_notebooks(options.lab, options.notebook)
+    if "embedded" in (options.model, options.student):
+        embedded_folder()  # its first use says so; here, not in a notebook's output
     runs = work_folder() / "runs" / profile
     done, records = [], []
     for number, notebook in enumerate(notebooks, start=1):

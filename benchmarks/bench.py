@@ -24,13 +24,13 @@ import torch
 
 from benchmarks import contenders, distil, reference
 from benchmarks.contenders import Clock, Contender, Task
-from common import results, tables
+from common import tables
 from common.assets import load_model, load_tokenizer, locate
 from common.environment import prepare
 from common.evaluation import Baseline, evaluate
 from common.pruning import PruneConfig
 from common.quantization import QuantizeConfig
-from common.results import Recorder, protocol_hash
+from common.results import Recorder, merge, protocol_hash, read
 from common.settings import PROFILES, Settings, load_settings, slug, work_folder
 from common.text import calibration_windows, load_corpus, test_windows
 
@@ -264,10 +264,10 @@ def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[s
 
 def keep_unmeasured(recorder: Recorder) -> None:
     """Rows that were not measured this time keep their committed figures: a GPU may be lent for parts only."""
-    measured = {record["artifact"] for record in results.read(recorder.file)}
-    committed = results.read(tables.COMMITTED / slug(recorder.device) / recorder.file.name)
+    measured = {record["artifact"] for record in read(recorder.file)}
+    committed = read(tables.COMMITTED / slug(recorder.device) / recorder.file.name)
     kept = [r for r in committed if r["profile"] == recorder.settings.profile and r["artifact"] not in measured]
-    results.merge(kept, recorder.file)
+    merge(kept, recorder.file)
 
 
 def main() -> None:

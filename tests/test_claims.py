@@ -116,9 +116,9 @@ def test_llama_cpp_computes_the_same_and_fewer_bits_cost_more(device):
     kl = figures(device, "quantization", "04-Deploy", "engine-kl")
     assert kl["gguf-f16"] < kl["gguf-Q8_0"] < kl["gguf-Q4_K_M"] < kl["gguf-Q2_K"]
     assert kl["gguf-gptq → Q4_K_M"] > kl["gguf-Q4_K_M"]  # rounded twice
-    if rate := figures(device, "quantization", "04-Deploy", "engine-decode").get("gguf-f16"):
-        faster = figures(device, "quantization", "04-Deploy", "engine-decode")
-        assert 1.1 * rate < faster["gguf-Q8_0"] < faster["gguf-Q2_K"]  # a CPU waits for memory, not for products
+    rate = figures(device, "quantization", "04-Deploy", "engine-decode")
+    if "gguf-f16" in rate:  # a CPU waits for memory, not for products
+        assert 1.1 * rate["gguf-f16"] < rate["gguf-Q8_0"] < rate["gguf-Q2_K"]
 
 
 @pytest.mark.parametrize("device", devices("04-Deploy", "quantization"))
@@ -210,11 +210,9 @@ BEHIND = {("NVIDIA H100 80GB HBM3", "wanda-50", "llm-compressor"): 0.013}
 
 def compared(artifact: str) -> list[str]:
     """Machines on which the benchmark got to a row."""
-    return [device for device in devices("bench", "benchmark") if artifact in benchmark_rows(device)]
-
-
-def benchmark_rows(device: str) -> set[str]:
-    return {r["artifact"] for r in RECORDS if (r["lab"], r["device"], r["key"]) == ("benchmark", device, "runs")}
+    return [
+        device for device in devices("bench", "benchmark") if artifact in figures(device, "benchmark", "bench", "runs")
+    ]
 
 
 @pytest.mark.parametrize("device", devices("bench", "benchmark"))

@@ -81,6 +81,8 @@ def rows() -> list[Row]:
             ("llm-compressor", contenders.llmcompressor_prune),
         ):
             found.append(Row(config.label, library, partial(quality_of, partial(contender, config=config))))
+    by_layer = partial(contenders.ours_prune, config=PRUNINGS[0], at_once=False)  # as SparseGPT goes through a block
+    found.append(Row("wanda-50", "ours, layer by layer", partial(quality_of, by_layer)))
     grid = GRIDS["w4-g64-asym"]
     for setting, library, contender, repeat in (
         ("awq-w4-g64-asym", "ours", partial(contenders.ours_awq, config=grid), True),

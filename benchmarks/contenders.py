@@ -232,9 +232,9 @@ def llmcompressor_smoothquant(task: Task, clock: Clock, alpha: float) -> Compres
 # --- pruning ---------------------------------------------------------------------------------------------------------
 
 
-def ours_prune(task: Task, clock: Clock, config: PruneConfig) -> Compressed:
+def ours_prune(task: Task, clock: Clock, config: PruneConfig, **walk_options) -> Compressed:
     with clock:
-        prune_model(task.model, task.windows, config)
+        prune_model(task.model, task.windows, config, **walk_options)
     return task.model, partial(_packed_bytes, task.model)
 
 

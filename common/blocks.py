@@ -4,7 +4,8 @@ A network of 7B parameters does not fit on a small card together with its calibr
 So the walker visits the blocks in order. Inside a block it stops wherever linear layers share an input
 (q/k/v · o · gate/up · down), gathers a statistic of that input over all calibration data, lets the caller
 change those layers, and only then lets the data flow on, through the layers as changed.
-Every layer is thus calibrated on what it will really receive in the compressed network.
+Every layer is thus calibrated on what it will really receive in the compressed network. (Wanda's authors look at the
+whole block before they change it: `at_once`.)
 """
 
 import copy
@@ -199,6 +200,27 @@ def _flow(block: nn.Module, stages: list[Stage], batches: list[_Batch], observe:
                 return outputs
 
 
+def _flow_at_once(block, stages: list[Stage], batches: list[_Batch], observe: Observe, change: Change, device):
+    """Observe all stages in one pass of the block as it was, change them all, then move the batches through."""
+    index, statistics = stages[0].block_index, [None] * len(stages)
+
+    def arrive(number):
+        def hook(_, args):
+            if statistics[number] is None:
+                statistics[number] = observe(stages[number].in_features, args[0])
+            statistics[number].add(args[0].flatten(end_dim=-2))
+
+        return hook
+
+    heads = [next(iter(stage.linears.values())) for stage in stages]
+    with _hooks(*(linear.register_forward_pre_hook(arrive(i)) for i, linear in enumerate(heads))):
+        for batch in batches:
+            batch.through(index, block, device)
+    for stage, statistic in zip(stages, statistics, strict=True):
+        change(stage, statistic)
+    return [batch.through(index, block, device).to(batch.hidden.device) for batch in batches]
+
+
 @torch.no_grad()
 def walk(
     model: nn.Module,
@@ -209,6 +231,7 @@ def walk(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     store: str | torch.device | None = None,
+    at_once: bool = False,
     description: str = "blocks",
 ) -> None:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
@@ -218,11 +241,12 @@ def walk(
     device: where a block computes; blocks are brought there one at a time and put back (default: where they are).
     batch_size: sequences per forward pass (default: all at once, which costs one pass instead of five).
     store: where activations wait between blocks (default: `device`; "cpu" saves GPU memory).
+    at_once: observe the whole block before any of its layers is changed: two passes, however many batches.
     """
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
     model.eval()
-    blocks = decoder_blocks(model)
+    blocks, flow = decoder_blocks(model), _flow_at_once if at_once else _flow
     home = next(blocks[0].parameters()).device
     device = torch.device(device or home)
     store = torch.device(store or device)
@@ -231,7 +255,7 @@ def walk(
     for index, block in enumerate(tqdm(blocks, desc=description, unit="block")):
         block.to(device)
         stages = _stages(index, block, one, device)
-        for batch, hidden in zip(batches, _flow(block, stages, batches, observe, change, device), strict=True):
+        for batch, hidden in zip(batches, flow(block, stages, batches, observe, change, device), strict=True):
             batch.hidden = hidden
         block.to(home)
 

@@ -184,8 +184,10 @@ def prune_model(
     """Prune every linear layer of the decoder blocks, in place; returns the masks by layer name.
 
     windows: calibration tokens [nsamples, seqlen] (magnitude takes None). Each block is pruned on what the blocks
-    before it, as pruned, hand it. allocation: layer name → sparsity, where layers differ (`common.allocation`).
-    `walk_options` go to `common.blocks.walk`. A model that has zeros already is pruned further, with a warning.
+    before it, as pruned, hand it. Inside a block SparseGPT goes on stage by stage, since its compensation can answer
+    what it sees; Wanda's norms are all taken before any layer of the block is pruned, as in its authors' code.
+    allocation: layer name → sparsity, where layers differ (`common.allocation`). `walk_options` go to
+    `common.blocks.walk`. A model that has zeros already is pruned further, with a warning.
     """
     _prepare(model, config, allocation)
     names = {linear: name for name, linear in iter_linears(model)}
@@ -201,7 +203,8 @@ def prune_model(
         for name, linear in iter_linears(model):
             masks |= _prune_linears({name: linear}, None, config, allocation)
     else:
-        walk(model, windows, STATISTIC[config.method], change, description=config.label, **walk_options)
+        walk_options = {"at_once": config.method == "wanda", "description": config.label} | walk_options
+        walk(model, windows, STATISTIC[config.method], change, **walk_options)
     return masks
 
 

@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     notebooks = find_notebooks(options.lab, options.notebook)
     if "embedded" in (options.model, options.student):
-        embedded_folder()  # its first use says so; here, not in a notebook's output
+        embedded_folder()  # its first use takes half a minute and says so: here, where it is seen
     runs = work_folder() / "runs" / profile
     done, records = [], []
     for number, notebook in enumerate(notebooks, start=1):

@@ -3,8 +3,9 @@
 #
 #   recording/record.sh SECONDS OUT 3.1-01:60 3.1-02:120 ...      notebook:seconds it is expected to take
 #
-# After each one, OUT/recorded.tar.gz holds all notebooks recorded so far and the figures of all of them, so that a host
-# that is taken away loses at most the one under way. Bring it home with recording/merge.py.
+# After each one, OUT/recorded.tar.gz holds all notebooks recorded so far, the figures of all of them and the executed
+# copies, which know every cell's seconds, so that a host that is taken away loses at most the one under way. Bring it
+# home with recording/merge.py.
 set -uo pipefail
 begin=$SECONDS; budget=${1:?usage: record.sh SECONDS OUT NOTEBOOK:SECONDS ...}; out=${2:?}; shift 2
 host=${HOST:-/tmp/host}; mkdir -p "$host/recorded" "$out"
@@ -22,5 +23,5 @@ for item in "$@"; do
     else
         tail -c 1500 "$host/recorded/$name.log"
     fi
-    tar -czf "$out/recorded.tar.gz" -C "$host" recorded work/results
+    tar -czf "$out/recorded.tar.gz" -C "$host" recorded work/results work/runs
 done

@@ -127,6 +127,20 @@ def test_all_at_once_costs_one_pass(llama, windows):
     sequences.clear()
     walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2)
     assert sequences == [1] + 5 * [2, 2, 1]
+    sequences.clear()
+    walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2, at_once=True)
+    assert sequences == [1] + 2 * [2, 2, 1]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_at_once_a_block_is_seen_as_the_blocks_before_it_became(llama, make_llama, windows, batch_size):
+    """Every statistic is what one forward pass shows when the blocks before are changed and this one is not yet."""
+    seen = walked(llama, windows, shrink, batch_size=batch_size, at_once=True)
+    growing = make_llama()  # takes over the changed blocks one by one
+    for index, block in enumerate(decoder_blocks(growing)):
+        expected = {key: gram for key, gram in forward_inputs(growing, windows).items() if key[0] == index}
+        assert_same({key: gram for key, gram in seen.items() if key[0] == index}, expected)
+        block.load_state_dict(decoder_blocks(llama)[index].state_dict())
 
 
 def test_iter_linears(llama):

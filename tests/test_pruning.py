@@ -237,6 +237,17 @@ def test_later_layers_see_what_earlier_ones_became(llama, make_llama, windows):
     assert not torch.equal(sequential[last], once[last])
 
 
+@pytest.mark.parametrize(("method", "sees_its_own_block_pruned"), [("wanda", False), ("sparsegpt", True)])
+def test_what_a_block_shows_while_it_is_pruned(llama, make_llama, windows, method, sees_its_own_block_pruned):
+    """Wanda's norms are those of the block as it was (its authors' code); SparseGPT goes on layer by layer."""
+    config = PruneConfig(method, 0.6)
+    masks = prune_model(llama, windows, config)
+    dense = make_llama()
+    once = prune_once(dense, collect(dense, windows, Hessian), config)
+    down = "model.layers.0.mlp.down_proj"
+    assert torch.equal(masks[down], once[down]) is not sees_its_own_block_pruned
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_prune_once_on_one_block_equals_prune_model(make_llama, windows, method):
     """With one layer pruned and the rest left alone, there is nothing that a later layer could see."""

@@ -59,3 +59,25 @@ def test_recording_stops_before_what_does_not_fit(tmp_path):
     command = ["bash", "recording/record.sh", "10", str(tmp_path / "out"), "3.1-01:60"]
     done = subprocess.run(command, cwd=ROOT, env={"HOST": str(tmp_path), "PATH": "/usr/bin:/bin"}, capture_output=True)
     assert done.stdout.decode() == "3.1-01: 10 s are too few\n"
+
+
+def test_every_row_that_fits_is_measured_once(tmp_path):
+    """Two workers share the rows; none begins what the time left cannot hold."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python3"
+    stub.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls\n', encoding="utf-8")
+    stub.chmod(0o755)
+    command = ["bash", "recording/bench.sh", "60", str(tmp_path / "out"), "kd-step/ours, stored labels:20"]
+    command += ["nf4/bitsandbytes:20", "gptq-w4/GPTQModel:90", "int8/bitsandbytes:20"]
+    environment = {"HOST": str(tmp_path), "CARDS": "2", "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    measured = sorted(call.partition("--only ")[2] for call in calls)
+    assert measured == [
+        "int8/bitsandbytes",
+        "kd-step/ours, stored labels",
+        "nf4/bitsandbytes",
+        "original",
+        "original --record",
+    ]
+    assert (tmp_path / "out" / "bench.tar.gz").exists()

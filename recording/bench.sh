@@ -13,7 +13,7 @@ cards=${CARDS:-$(nvidia-smi --list-gpus | wc -l)}; cores=$(($(nproc) / cards))
 
 left() { echo $((budget - (SECONDS - begin))); }
 bench() { timeout $(($(left) - 5)) python3 -m benchmarks.bench --profile gpu --limit "$(left)" "$@"; }
-pack() { flock "$host/rows" tar -czf "$out/bench.tar.gz" -C "$host" work/bench -C "$PWD" results; }
+pack() { flock "$host/rows" tar -czf "$out/bench.tar.gz" --exclude=baseline.pt -C "$host" work/bench -C "$PWD" results; }
 
 work() { # on one card with its share of the cores; a row belongs to whoever makes its folder
     export CUDA_VISIBLE_DEVICES=$1; shift

@@ -74,7 +74,7 @@ def test_methods_keep_their_order(device):
 
 @pytest.mark.parametrize("device", [d for d in devices("02-Prune") if "NVIDIA" in d])
 def test_where_the_zeros_are_matters_on_48_windows(device):
-    """On a CPU, 6 windows and 16 calibration windows are too few to tell OWL from a uniform plan."""
+    """OWL and a uniform plan are not told apart here; one threshold for all layers is far worse."""
     perplexity = figures(device, "pruning", "02-Prune", "perplexity")
     assert perplexity["wanda-70 OWL"] < 1.01 * perplexity["wanda-70 uniform"] < perplexity["wanda-70 one threshold"]
     once = figures(device, "pruning", "04-Benchmark_and_Analysis", "perplexity")
@@ -131,13 +131,13 @@ def test_batching_pays_and_the_service_costs_little(device):
 @pytest.mark.parametrize("device", devices("04-Deploy", "quantization"))
 def test_four_bits_do_not_pay_for_a_model_this_small(device):
     """In vLLM: slower on the CPU; on an H100 within what two runs of the same thing differ by, far from 4 times."""
-    gain = 1.5 if "NVIDIA" in device else 1.0
+    slack = 1.5 if "NVIDIA" in device else 1.0
     for key in ("engine-ttft", "engine-tpot"):
         delay = figures(device, "quantization", "04-Deploy", key)
-        assert gain * delay["vLLM awq-format"] > delay["vLLM original"]
+        assert slack * delay["vLLM awq-format"] > delay["vLLM original"]
     busiest = "engine-throughput-32" if "NVIDIA" in device else "engine-throughput-8"
     rate = figures(device, "quantization", "04-Deploy", busiest)
-    assert rate["vLLM awq-format"] < gain * rate["vLLM original"]
+    assert rate["vLLM awq-format"] < slack * rate["vLLM original"]
 
 
 # --- distillation ---------------------------------------------------------------------------------------------------

@@ -179,6 +179,13 @@ def _file(folder: Path, row: Row, seed: int) -> Path:
     return folder / f"{slug(row.name)}.{seed}.json"
 
 
+def choose(everything: list[Row], only: str) -> list[Row]:
+    """The row of that name, else those whose names begin so; and always the original, which others are compared with."""
+    exact = [row for row in everything if row.name == only]
+    chosen = exact or [row for row in everything if row.name.startswith(only)]
+    return [row for row in everything if row.setting == "original" or row in chosen]
+
+
 def schedule(chosen: list[Row], seeds: list[int]) -> list[tuple[Row, int]]:
     """Contenders alternate: all of them with one seed, then all with the next."""
     return [(row, seed) for seed in seeds for row in chosen if row.repeat or seed == seeds[0]]
@@ -274,7 +281,7 @@ def keep_unmeasured(recorder: Recorder) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The course's methods beside the well-known implementations.")
-    parser.add_argument("--only", default="", help="rows whose name begins so, such as gptq-w4 or wanda")
+    parser.add_argument("--only", default="", help="a row by its name, or rows whose names begin so, such as gptq-w4")
     parser.add_argument("--profile", default="auto", choices=("auto", *PROFILES))
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="longest time for a measurement")
     parser.add_argument("--record", action="store_true", help="make the figures the committed ones")
@@ -288,7 +295,7 @@ def main() -> None:
         name, seed = options.work
         return work(name, int(seed), settings.profile, folder)
     everything = rows()
-    chosen = [row for row in everything if row.name.startswith(("original", options.only))]
+    chosen = choose(everything, options.only)
     run_all(chosen, settings, folder, options.limit)
     failed, recorder = collect(everything, settings, folder)
     if failed:

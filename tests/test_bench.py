@@ -59,6 +59,19 @@ def test_contenders_alternate_and_what_uses_no_data_runs_once():
     ]
 
 
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        ("wanda-50/ours", ["wanda-50/ours"]),  # the name of a row, though another's begins so
+        ("wanda-50/ours,", ["wanda-50/ours, layer by layer"]),
+        ("int", ["int8/bitsandbytes"]),
+    ],
+)
+def test_rows_are_chosen_by_name_or_by_its_beginning(only, expected):
+    assert [row.name for row in bench.choose(bench.rows(), only)] == ["original/ours", *expected]
+    assert len(bench.choose(bench.rows(), "")) == len(bench.rows())
+
+
 def test_what_was_measured_is_not_measured_again_and_long_or_failed_is_not_repeated(settings, tmp_path, monkeypatch):
     calls = []
 

@@ -180,7 +180,7 @@ def _file(folder: Path, row: Row, seed: int) -> Path:
 
 
 def choose(everything: list[Row], only: str) -> list[Row]:
-    """The row of that name, else those whose names begin so; and always the original, which others are compared with."""
+    """The row of that name, else those whose names begin so; always with the original, the base of comparison."""
     exact = [row for row in everything if row.name == only]
     chosen = exact or [row for row in everything if row.name.startswith(only)]
     return [row for row in everything if row.setting == "original" or row in chosen]

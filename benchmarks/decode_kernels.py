@@ -144,6 +144,50 @@ def torch_int4(linear: nn.Linear) -> nn.Module:
     return TorchInt4(rtn(linear.weight.detach(), CONFIG), linear.weight.dtype)
 
 
+def pack_rows(codes: Tensor) -> Tensor:
+    """4-bit codes [out, in] as int32 words [out, in / 8]; the eight codes of a word are 16 columns apart.
+
+    So the words of a row lie side by side, and so do the inputs that meet their codes of one place: both are read fast.
+    """
+    places = codes.int().unflatten(1, (-1, 8, 16)).unbind(2)
+    return sum(part << 4 * place for place, part in enumerate(places)).flatten(1).contiguous()
+
+
+def unpack_rows(words: Tensor) -> Tensor:
+    """The codes [out, in] that `pack_rows` was given."""
+    places = [(words.unflatten(1, (-1, 16)) >> 4 * place) & 15 for place in range(8)]
+    return torch.stack(places, dim=2).flatten(1)
+
+
+class TritonInt4(nn.Module):
+    """The course's own kernel for one token; several at once are multiplied with the dequantized matrix."""
+
+    def __init__(self, weight: QuantizedWeight):
+        super().__init__()
+        self.group = weight.config.group_size
+        if (weight.config.bits, self.group) != (4, 128):
+            raise ValueError(f"The kernel is for 4 bits in groups of 128, not {weight.config}.")
+        self.register_buffer("words", pack_rows(weight.codes))
+        self.register_buffer("scale", weight.scale.contiguous())
+        self.register_buffer("zero", weight.zero.to(weight.scale.dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, self.dequantize().to(x.dtype))
+        from benchmarks.triton_int4 import product  # without a GPU, there is no Triton
+
+        return product(x.flatten(), self.words, self.scale, self.zero).view(*x.shape[:-1], -1)
+
+    def dequantize(self) -> Tensor:
+        """The float32 matrix [out, in]."""
+        scale, zero = (t.float().repeat_interleave(self.group, dim=1) for t in (self.scale, self.zero))
+        return (unpack_rows(self.words) - zero) * scale
+
+
+def triton_int4(linear: nn.Linear) -> nn.Module:
+    return TritonInt4(rtn(linear.weight.detach(), CONFIG))
+
+
 class BnbNF4(nn.Module):
     """bitsandbytes' NF4 in blocks of 64 with float32 scales: what `Linear4bit` computes."""
 
@@ -210,6 +254,7 @@ class Kernel:
     dtype: torch.dtype = torch.bfloat16
     finish: Callable[[nn.Module], None] = lambda model: None  # called once all layers are converted
     gpu_only: bool = False
+    most: float = float("inf")  # the largest batch it is made for
     extension: str = ""  # what GPTQModel has to compile for it
 
 
@@ -221,6 +266,7 @@ def _gptq(module: str, name: str, extension: str = "") -> Kernel:
 KERNELS = {
     "original": Kernel(lambda linear: linear),
     "torch-int4": Kernel(torch_int4),
+    "triton-int4": Kernel(triton_int4, gpu_only=True, most=1),
     "bnb-nf4": Kernel(BnbNF4),
     "bnb-int8": Kernel(BnbInt8, torch.float16),
     "gptq-triton": _gptq("tritonv2", "TritonV2Linear"),
@@ -237,7 +283,7 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> float:
     """
     layers = model.model.layers
     down = layers[0].mlp.down_proj
-    x = torch.randn(1, 4, down.in_features, device=down.weight.device, dtype=down.weight.dtype)
+    x = torch.randn(1, 1, down.in_features, device=down.weight.device, dtype=down.weight.dtype)
     expected = down(x).float()
     for index, layer in enumerate(layers):
         layers[index] = LeanLayer(layer, kernel.convert)

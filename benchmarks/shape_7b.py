@@ -199,7 +199,7 @@ def decode_with(run: Run, name: str, kernel: Kernel) -> None:
     run.record("output-error", error, "relative", name, {"layer": "down_proj of the first block"})
     run.record("weights-memory", weight_bytes(model) / 1e6, "MB", name, {})
     context = settings.context_tokens
-    for batch in settings.batch_sizes:
+    for batch in (batch for batch in settings.batch_sizes if batch <= kernel.most):
         with peak_memory(device) as peak:
             step = Decoder(model, batch, context)
             latency = measure_latency(step, settings.latency_runs, device)
@@ -232,7 +232,7 @@ def profile(run: Run) -> None:
     """Milliseconds of a decoding step by group of kernels, batch 1; the gaps are what the GPU waits in between."""
     if run.device.type != "cuda":
         raise NotHere("it counts the time of GPU kernels")
-    for name in ("original", "torch-int4"):
+    for name in ("original", "torch-int4", "triton-int4"):
         run.attempt(name, partial(profile_with, name=name, kernel=KERNELS[name]))
 
 
@@ -408,7 +408,7 @@ def some_tokenizer() -> PreTrainedTokenizerFast:
 
 
 STEPS: dict[str, Callable[[Run], None]] = {
-    "decode": partial(decode, names=["torch-int4", "bnb-nf4", "gptq-triton"]),
+    "decode": partial(decode, names=["triton-int4", "torch-int4", "bnb-nf4", "gptq-triton"]),
     "profile": profile,
     "prefill": prefill,
     "sparse": sparse,

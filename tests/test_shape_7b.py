@@ -1,14 +1,24 @@
 """The benchmark of a published shape: its steps on a tiny one, its arithmetic, and what happens when a kernel fails."""
 
 import copy
+import functools
 import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import decode_kernels, shape_7b
-from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, TorchInt4, bytes_per_step, use_kernel, weight_bytes
+from benchmarks.decode_kernels import (
+    CONFIG,
+    KERNELS,
+    Kernel,
+    TorchInt4,
+    TritonInt4,
+    bytes_per_step,
+    use_kernel,
+    weight_bytes,
+)
 from benchmarks.shape_7b import Build, NotHere, Run, floor_seconds
 from common import results
 from common.benchmarking import Decoder
@@ -88,7 +98,7 @@ def test_what_needs_a_gpu_is_named(whole_run):
     run, _ = whole_run
     skipped = [line.split() for line in run.lines if "skipped" in line]
     assert [line[1] for line in skipped] == [
-        *("gptq-triton", "profile", "prefill", "sparse", "gptq-exllama_v2", "gptq-marlin")
+        *("triton-int4", "gptq-triton", "profile", "prefill", "sparse", "gptq-exllama_v2", "gptq-marlin")
     ]
     assert all("GPU" in line for line in skipped)
     assert not [line for line in run.lines if "failed" in line]
@@ -190,6 +200,48 @@ def test_torch_int4_computes_with_the_dequantized_weight(config):
     )
 
 
+def _one_token_layer(sym: bool) -> tuple[TritonInt4, Tensor]:
+    """A layer of the course's own kernel, and the matrix that its codes stand for."""
+    weight = rtn(torch.randn(32, 11 * 128), QuantizeConfig(4, 128, sym=sym, mse=False, desc_act=False))
+    return TritonInt4(weight), weight.dequantize()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_words_of_our_kernel_hold_the_codes(sym):
+    layer, weight = _one_token_layer(sym)
+    assert layer.words.shape == (32, 11 * 16)
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=0, atol=0)
+    x = torch.randn(2, 3, weight.shape[1])
+    torch.testing.assert_close(layer(x), x @ weight.T)
+
+
+def test_bits_of_a_small_integer_are_a_float_in_its_proportion():
+    """What saves our kernel the conversion: below 2^24 the floats are evenly spaced."""
+    codes = torch.arange(16, dtype=torch.int32)
+    for place in range(6):
+        tiny = (codes << 4 * place).view(torch.float32).double()
+        assert torch.equal(tiny * 2.0**149, codes.double() * 16**place)
+    seventh = (codes << 24).view(torch.float32).double() * 2.0**149
+    assert not torch.equal(seventh, codes.double() * 16**6)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_our_kernel_computes_with_the_dequantized_weight(sym):
+    """On a GPU, or in Triton's interpreter; elsewhere only `use_kernel` checks it, when figures are recorded."""
+    pytest.importorskip("triton")
+    layer, weight = _one_token_layer(sym)
+    x = torch.randn(1, 1, weight.shape[1])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = layer.to(device)(x.to(device)).cpu()
+    torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
+def test_our_kernel_refuses_other_groups():
+    weight = rtn(torch.randn(8, 128), QuantizeConfig(4, 64, mse=False))
+    with pytest.raises(ValueError, match="4 bits in groups of 128, not QuantizeConfig"):
+        TritonInt4(weight)
+
+
 def test_layers_of_gptqmodel_compute_with_the_dequantized_weight():
     linear = nn.Linear(256, 96, bias=False)
     x = torch.randn(2, 3, 256)
@@ -256,7 +308,7 @@ def test_packed_weights_count_as_they_are_kept(make_llama):
 
 def test_kernels_of_gptqmodel_are_where_we_look_for_them():
     for kernel in KERNELS.values():
-        if kernel.gpu_only:
+        if isinstance(kernel.convert, functools.partial):
             options = kernel.convert.keywords
             module = pytest.importorskip(f"gptqmodel.nn_modules.qlinear.{options['module']}")
             found = getattr(module, options["name"])

@@ -1,21 +1,21 @@
 """Shared by all unit tests: a tiny random Llama and a byte-level tokenizer. No network, no downloads."""
 
 import os
+import shutil
 
-# Before torch, transformers and huggingface_hub are imported: they read these once.
+# Before torch, triton, transformers and huggingface_hub are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("TQDM_DISABLE", "1")
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # where Triton is installed without a GPU, its kernels run in Python
 
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which none of the above does
 
 # The same examples on every machine and in every run.
 settings.register_profile("course", derandomize=True, database=None, deadline=None, max_examples=60)

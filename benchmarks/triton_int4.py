@@ -52,8 +52,8 @@ def product(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: tor
     """weight @ x for one token x [in], with weight = scale · (code - zero) in groups of 128 columns.
 
     words: int32 [out, in / 8] as `benchmarks.decode_kernels.pack_rows` makes them; scale, zero: float [out, in / 128];
-    out must be a multiple of 4. Inputs above 2^27 overflow. Returns [out] in the type of x.
+    out must be a multiple of 8. Inputs above 2^27 overflow. Returns [out] in the type of x.
     """
     out = x.new_empty(len(words))
-    int4_gemv[(len(words) // 4,)](x, words, scale, zero, out, words.shape[1], ROWS=4, CHUNK=256, num_warps=2)
+    int4_gemv[(len(words) // 8,)](x, words, scale, zero, out, words.shape[1], ROWS=8, CHUNK=512, num_warps=4)
     return out

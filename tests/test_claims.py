@@ -205,9 +205,7 @@ def benchmark(device: str, key: str) -> dict[str, dict[str, float]]:
     return found
 
 
-CALIBRATED = ("gptq-", "wanda-", "sparsegpt-", "smoothquant-")
-# Where a library is better by more than other calibration data change, by which share at most; the README says so.
-BEHIND = {("NVIDIA H100 80GB HBM3", "wanda-50", "llm-compressor"): 0.013}
+CALIBRATED = ("gptq-", "wanda-", "sparsegpt-", "awq-", "smoothquant-")
 
 
 def compared(artifact: str) -> list[str]:
@@ -228,11 +226,10 @@ def test_no_library_is_better_or_faster(device):
         if name.startswith(CALIBRATED)
     }
     settings = [setting for setting, libraries in others.items() if libraries]
-    assert len(settings) == (6 if "NVIDIA" in device else 8)  # on the GPU, time was up before two had their turn
+    assert len(settings) == (9 if "NVIDIA" in device else 8)  # llm-compressor's AWQ needs a GPU
     for setting in settings:
         for library in others[setting]:
             noise = spread.get(setting, {}).get("ours", 0.01 * perplexity[setting]["ours"])
-            noise = max(noise, BEHIND.get((device, setting, library), 0) * perplexity[setting]["ours"])
             assert perplexity[setting]["ours"] < perplexity[setting][library] + noise, (setting, library)
             assert seconds[setting]["ours"] < seconds[setting][library], (setting, library)
         if "RTN" in perplexity[setting]:
@@ -256,6 +253,24 @@ def test_perplexity_is_that_of_lm_eval(device):
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+def test_a_softmax_in_bfloat16_changes_the_perplexity():
+    """lm-eval's default, on a bfloat16 model: by thousands of times more than the two protocols differ."""
+    for device in compared("reference/lm-eval"):
+        if "NVIDIA" in device:
+            own = figures(device, "benchmark", "bench", "perplexity-lm-eval-default")["reference/lm-eval"]
+            wide = figures(device, "benchmark", "bench", "perplexity-lm-eval")["reference/lm-eval"]
+            assert abs(own / wide - 1) > 0.002
+
+
+def test_wanda_as_its_authors_do_it_is_worth_a_percent_in_bfloat16():
+    """Observing a whole block before pruning it, against layer by layer; in float32 on the CPU within the spread."""
+    for device in devices("bench", "benchmark"):
+        both = {key: benchmark(device, key)["wanda-50"] for key in ("perplexity", "perplexity-spread")}
+        gain = both["perplexity"]["ours, layer by layer"] - both["perplexity"]["ours"]
+        spread = max(both["perplexity-spread"][name] for name in ("ours", "ours, layer by layer"))
+        assert gain > 2 * spread if "NVIDIA" in device else abs(gain) < spread
+
+
 # --- the 7B shape ----------------------------------------------------------------------------------------------------
 
 SHAPE = [r for r in RECORDS if r["lab"] == "shape"]
@@ -276,7 +291,8 @@ def test_no_decoding_step_is_faster_than_reading_what_it_needs():
 def test_four_bits_decode_faster_with_the_right_kernel_only():
     one, many = shape_figures("speedup-b1"), shape_figures("speedup-b32")
     assert shape_figures("floor-share-b1")["original"] >= 0.7
-    assert 1.9 < one["torch-int4"] < 2.2 and 1.9 < one["gptq-marlin"] < 2.2  # short of the 2.2 that was aimed at
+    assert one["triton-int4"] >= 2.2  # what was aimed at
+    assert 1.9 < one["torch-int4"] < 2.2 and 1.9 < one["gptq-marlin"] < 2.2
     assert one["gptq-triton"] < 0.5
     assert many["torch-int4"] < 0.5 and many["gptq-marlin"] > 1.3
 
@@ -313,7 +329,17 @@ def test_without_its_products_in_rows_two_in_four_loses_to_slow_attention(device
 
 def test_only_products_profit_from_four_bits():
     kinds = ("products", "attention", "rest", "gaps")
-    wide, narrow = ({k: shape_figures(f"profile-{k}")[name] for k in kinds} for name in ("original", "torch-int4"))
+    wide, narrow, ours = (
+        {k: shape_figures(f"profile-{k}")[name] for k in kinds} for name in ("original", "torch-int4", "triton-int4")
+    )
     assert wide["products"] > 2.3 * narrow["products"]
-    assert all(narrow[k] > 0.9 * wide[k] for k in ("attention", "rest", "gaps"))
-    assert sum(wide.values()) < 2.2 * sum(narrow.values())
+    assert all(other[k] > 0.9 * wide[k] for k in ("attention", "rest", "gaps") for other in (narrow, ours))
+    assert ours["products"] < 0.9 * narrow["products"]
+
+
+def test_kernels_for_four_bits_compute_the_same():
+    """The same codes, hence the same error, within what each kernel's rounding and another random input change."""
+    error = shape_figures("output-error")
+    assert error["original"] == 0
+    for kernel in ("triton-int4", "torch-int4", "gptq-marlin", "gptq-triton"):
+        assert error[kernel] == pytest.approx(0.112, rel=0.03)

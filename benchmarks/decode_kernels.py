@@ -164,9 +164,9 @@ class TritonInt4(nn.Module):
 
     def __init__(self, weight: QuantizedWeight):
         super().__init__()
-        self.group = weight.config.group_size
-        if (weight.config.bits, self.group) != (4, 128):
-            raise ValueError(f"The kernel is for 4 bits in groups of 128, not {weight.config}.")
+        self.config = weight.config
+        if (self.config.bits, self.config.group_size) != (4, 128):
+            raise ValueError(f"The kernel is for 4 bits in groups of 128, not {self.config}.")
         self.register_buffer("words", pack_rows(weight.codes))
         self.register_buffer("scale", weight.scale.contiguous())
         self.register_buffer("zero", weight.zero.to(weight.scale.dtype).contiguous())
@@ -180,8 +180,7 @@ class TritonInt4(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The float32 matrix [out, in]."""
-        scale, zero = (t.float().repeat_interleave(self.group, dim=1) for t in (self.scale, self.zero))
-        return (unpack_rows(self.words) - zero) * scale
+        return QuantizedWeight(unpack_rows(self.words), self.scale, self.zero, self.config).dequantize()
 
 
 def triton_int4(linear: nn.Linear) -> nn.Module:

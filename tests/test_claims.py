@@ -334,6 +334,7 @@ def test_only_products_profit_from_four_bits():
     )
     assert wide["products"] > 2.3 * narrow["products"]
     assert all(other[k] > 0.9 * wide[k] for k in ("attention", "rest", "gaps") for other in (narrow, ours))
+    assert sum(wide.values()) < 2.2 * sum(narrow.values())
     assert ours["products"] < 0.9 * narrow["products"]
 
 

@@ -52,6 +52,19 @@ def wait_until(condition, seconds: float) -> float:
     return time.monotonic() - start
 
 
+def alive(pid: int) -> bool:
+    """Whether a process still does anything: one that ended and waits to be reaped does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Fails after 10 s. SIGKILL is no instant: the kernel takes a moment to clear a process's memory away."""
+    wait_until(lambda: not any(map(alive, pids)), 10)
+
+
 def process_of(url: str) -> psutil.Process:
     """The process that serves `url`."""
     port = url.rsplit(":", 1)[1]

@@ -8,8 +8,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
+from serving_tools import alive, wait_until_gone
 
 from common import processes
 from common.processes import free_port, serve
@@ -44,17 +44,13 @@ def pids(log: Path) -> list[int]:
     return [int(word) for word in log.read_text().split("pids ")[1].splitlines()[0].split()]
 
 
-def gone(ids: list[int]) -> bool:
-    return not any(psutil.pid_exists(i) and psutil.Process(i).status() != psutil.STATUS_ZOMBIE for i in ids)
-
-
 def test_answers_inside_the_block_and_is_gone_after_it(server):
     options = server()
     with serve(**options):
         assert urllib.request.urlopen(options["health"]).read() == b"ok"
         running = pids(options["log"])
-        assert not gone(running)
-    assert gone(running)
+        assert all(map(alive, running))
+    wait_until_gone(running)
 
 
 def test_is_stopped_when_the_block_fails(server):
@@ -62,7 +58,7 @@ def test_is_stopped_when_the_block_fails(server):
     with pytest.raises(ZeroDivisionError), serve(**options):
         running = pids(options["log"])
         raise ZeroDivisionError
-    assert gone(running)
+    wait_until_gone(running)
 
 
 def test_a_server_that_ignores_sigterm_is_killed(server, monkeypatch):
@@ -74,7 +70,7 @@ def test_a_server_that_ignores_sigterm_is_killed(server, monkeypatch):
     time.sleep(0.2)  # until SIGTERM is ignored
     processes._stop(process)
     assert process.returncode == -signal.SIGKILL
-    assert gone(pids(options["log"]))
+    wait_until_gone(pids(options["log"]))
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
@@ -93,10 +89,7 @@ with serve({options["command"]!r}, health={options["health"]!r}, log=pathlib.Pat
     running = pids(options["log"])
     os.kill(kernel.pid, death)
     kernel.wait()
-    deadline = time.monotonic() + 10
-    while not gone(running) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert gone(running)
+    wait_until_gone(running)
 
 
 def test_a_server_that_ends_early_shows_its_log(tmp_path):
@@ -115,4 +108,4 @@ def test_a_server_that_never_answers_times_out_and_is_stopped(tmp_path):
         serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log", timeout=1),
     ):
         raise AssertionError("the block must not run")
-    assert gone(pids(tmp_path / "log"))
+    wait_until_gone(pids(tmp_path / "log"))

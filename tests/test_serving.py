@@ -11,13 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
-import psutil
 import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from serving_tools import LIMITS, TEMPLATE, direct, listening, make_engine, metric, process_of, wait_until
+from serving_tools import (
+    LIMITS,
+    TEMPLATE,
+    direct,
+    listening,
+    make_engine,
+    metric,
+    process_of,
+    wait_until,
+    wait_until_gone,
+)
 
 from common.assets import load_model, load_tokenizer
 from common.serving import serve
@@ -453,7 +462,7 @@ def test_no_service_outlives_its_starter(folder):
     starter.kill()
     starter.wait()
     starter.stdout.close()
-    wait_until(lambda: not service.is_running() or service.status() == psutil.STATUS_ZOMBIE, 10)
+    wait_until_gone([service.pid])
 
 
 def test_a_service_that_cannot_start_says_why():

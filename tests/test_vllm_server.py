@@ -7,6 +7,7 @@ import openai
 import psutil
 import pytest
 import torch
+from serving_tools import alive, wait_until_gone
 
 from common import vllm_server
 from common.assets import embedded_folder, load_model, load_tokenizer
@@ -122,10 +123,9 @@ def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):
         answer = client.chat.completions.create(model="course", messages=question, temperature=0, max_tokens=12)
         assert "Paris" in answer.choices[0].message.content
         assert bool(server.kernel) == vllm_server.has_four_bit_kernel()
-        running = [
-            p for p in psutil.process_iter(["cmdline"]) if str(served.folder) in " ".join(p.info["cmdline"] or [])
-        ]
-        running += [child for process in running for child in process.children(recursive=True)]
-        assert running
+        named = str(served.folder)
+        servers = [p for p in psutil.process_iter(["cmdline"]) if named in " ".join(p.info["cmdline"] or [])]
+        running = {p.pid for server in servers for p in [server, *server.children(recursive=True)]}
+        assert len(running) >= 4 and all(map(alive, running))  # the guard, the server, its engine and its worker
         raise ZeroDivisionError
-    assert not [p for p in running if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    wait_until_gone(running)

@@ -5,7 +5,7 @@ and an index T for logits divided by the temperature:
 
     α · CE(labels, q)  +  (1 - α) · T² · KL(p_T ‖ q_T)
 
-Softening divides the gradient by T twice; T² gives it back, so that α means the same at every temperature.
+At high temperatures softening divides the gradient by T twice; T² gives it back, so that α means the same there.
 """
 
 import math

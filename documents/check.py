@@ -36,7 +36,7 @@ from documents.markdown import (
     read,
     without,
 )
-from documents.quantities import unsourced
+from documents.quantities import misquoted, unsourced
 
 GUIDE = ROOT / "WRITING_STYLE_GUIDE.md"
 LEAST_CHARACTERS = 5000  # of Chinese in a theory document
@@ -206,6 +206,7 @@ def check_document(document: Document, rules: list[tuple[str, str, list[str]]], 
     if document.cell:
         return findings
     findings += structure(document) + length(document) + unsourced(document) + stale_regions(document)
+    findings += misquoted(document)
     return findings + invented_messages(document, code) + failing_code(document)
 
 

@@ -1,4 +1,4 @@
-"""Every number with a unit says where it comes from: the check, and what it takes for a number and for a source.
+"""Every number with a unit says where it comes from, and what the text repeats of a table stands in it: two checks.
 
 WRITING_STYLE_GUIDE.md, section 5, states the rule for writers.
 """
@@ -6,7 +6,7 @@ WRITING_STYLE_GUIDE.md, section 5, states the rule for writers.
 import re
 from collections.abc import Iterator
 
-from documents.markdown import REGION, Document, Finding, blocks, cells, prose, sections, without
+from documents.markdown import REGION, Document, Finding, blocks, cells, headings, prose, sections, without
 
 QUANTITY = re.compile(
     r"(?<![\w.,–-])\d[\d,.]*(?:[–~]\d[\d,.]*)? ?"
@@ -14,6 +14,10 @@ QUANTITY = re.compile(
     r"|(?:ms|µs|[KMGT]i?B(?:/s)?|tok(?:en)?s?/s|nats|TFLOPS|seconds?|minutes?|hours?|times)(?![A-Za-z]))"
 )
 LINK = re.compile(r"\]\(|https?://")
+LINK_ELSEWHERE = re.compile(r"\]\((?!#)|https?://")
+OWN_TABLES = re.compile(r"\]\(#|[上下]表|^怎麼讀|^讀法")
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+DECIMAL = re.compile(r"(?<![\w.,§/-])\d[\d,]*\.\d+(?![\w.]*\d)")
 WORD = re.compile(
     r"來源|目標|估計|設定(?!檔)|預設|協定|假設|門檻|上限|下限|不超過|以內|"
     r"\b(?:[Ss]ources?|[Tt]argets?|[Ee]stimates?d?|[Dd]efaults?|[Aa]ssum\w+)\b"
@@ -85,4 +89,30 @@ def unsourced(document: Document) -> list[Finding]:
                 at = start + sentence.start() + match.start()
                 if not is_name(raw[max(0, at - 12) : at], match[0], shown[match.end() :]):
                     findings.append(document.finding(at, f"number: «{match[0]}» has no source"))
+    return findings
+
+
+def misquoted(document: Document) -> list[Finding]:
+    """Decimal figures in statements about the document's own tables that no rendered region of it holds.
+
+    A figure may be shorter than the table's: it must be what the table's rounds to. Formulas, numbers of sections, and
+    sentences that name another source are let be.
+    """
+    raw = without(document.text, REGION)
+    shown_text = prose(raw)
+    held = [float(n.replace(",", "")) for region in REGION.findall(document.text) for n in NUMBER.findall(region)]
+    numbered = {heading[2].split()[0] for heading in headings(document.text)}
+    findings = []
+    for start, statement, support in statements(raw):
+        if not OWN_TABLES.search(support + statement):
+            continue
+        for sentence in SENTENCE.finditer(statement):
+            if LINK_ELSEWHERE.search(sentence[0]) or WORD.search(sentence[0]):
+                continue
+            at = start + sentence.start()
+            for match in DECIMAL.finditer(shown_text[at : start + sentence.end()]):
+                places = len(match[0].split(".")[1])
+                known = numbered | {f"{value:.{places}f}" for value in held}
+                if match[0].replace(",", "") not in known:
+                    findings.append(document.finding(at + match.start(), f"quoted: no table has «{match[0]}»"))
     return findings

@@ -206,6 +206,27 @@ def test_numbers(write, wrong):
     assert quantities.unsourced(write(wrong))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "學生是 19.3（上表）。",
+        "怎麼讀：由 19.23 升到 31.2。",
+        "怎麼讀：\n\n1. 看第一列。\n2. 差 0.6。",
+        "[表](#42-結果)裡的 1,203.5。",
+    ],
+)
+def test_figures_repeated_in_the_text_are_the_tables(write, wrong):
+    table = "## 4.2 結果\n\n<!-- results:x -->\n| 19.23 ± 0.48 | 1,204.46（1.05×） |\n<!-- /results -->\n\n"
+    for right in (
+        "學生是 19.2（上表），慢 1.05 倍；1,204.5 也對，見 4.2。",
+        "怎麼讀：$19.23/12.66\\approx1.52$ 倍；`0.6` 是參數。",
+        "別人的 5.12（[論文](https://e.org)），與上表無關。",
+        "沒有說到表的 7.77。",
+    ):
+        assert not quantities.misquoted(write(table + right)), right
+    assert len(quantities.misquoted(write(table + wrong))) == 1
+
+
 def test_bibliography_entries_are_complete():
     assert not bibliography.incomplete(BIB)
     for field in ("author", "title", "year", "eprint", "archivePrefix"):

@@ -375,7 +375,10 @@ GPTQ = QuantizeConfig(group_size=CONFIG.group_size)
 
 
 def gptqmodel(run: Run) -> None:
-    """The windows of step `gptq` through GPTQModel at its cheapest settings; loading and saving are not timed."""
+    """The windows of step `gptq` through GPTQModel: symmetric, no search for clipping, otherwise its defaults.
+
+    Loading and saving are not timed.
+    """
     from gptqmodel import GPTQModel
     from gptqmodel import QuantizeConfig as LibraryConfig
 

@@ -5,8 +5,9 @@ Input channel j of a layer is multiplied by s_j in the weights and divided by s_
 nothing, except that rounding now errs less on the channels with a large s_j. s_j = (mean |x_j|)^α, with α searched
 for each group of layers that share an input.
 
-The paper measures α's error at the output of the whole module on stored inputs; here it is measured at the output of
-the linear layers, through the Hessian that GPTQ uses too: ‖ΔW·X‖² = ½ n tr(ΔW·H·ΔWᵀ), so no input has to be stored.
+The authors' code measures α's error at the output of the whole module on stored inputs; here it is measured at the
+output of the linear layers, through the Hessian that GPTQ uses too: ‖ΔW·X‖² = ½ n tr(ΔW·H·ΔWᵀ), so no input has to be
+stored.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The GPTQ v1 checkpoint format: what AutoGPTQ wrote and what GPTQModel, transformers and vLLM load.
+"""The GPTQ v1 checkpoint format: what AutoGPTQ wrote and what GPTQModel, transformers and (if symmetric) vLLM load.
 
 Per linear layer [out, in]:
     qweight int32 [in · bits / 32, out]   codes, packed along the inputs, lowest bits first
@@ -128,7 +128,8 @@ def _add_quantization_config(file: Path, config: QuantizeConfig, method: str) ->
 def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
     """A checkpoint in GPTQ v1 format as an ordinary dense model, its packed layers unpacked to `dtype`.
 
-    For measuring quality: it computes with exactly the stored numbers, on any device, at the original's speed.
+    For measuring quality: it computes with the stored numbers, rounded once to `dtype`, on any device, at the
+    original's speed.
     """
     config = AutoConfig.from_pretrained(folder)
     bits = config.quantization_config["bits"]

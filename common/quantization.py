@@ -5,8 +5,9 @@ each row has its own scale and zero point, and a weight is stored as an integer 
 
     weight ≈ scale · (code - zero)
 
-RTN and GPTQ use the same grid. They differ in one thing only: GPTQ lets the columns that are still to be
-quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.)
+Without `mse` RTN and GPTQ use the same grid and differ in one thing only: GPTQ lets the columns that are still to be
+quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.) With it, GPTQ also weighs
+the search for each range by the Hessian's diagonal.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from common import compensation
+from common import compensation, quantization
 from common.blocks import collect, iter_linears
 from common.compensation import Hessian, output_error
 from common.quantization import QuantizeConfig, find_grid, gptq, gptq_model, gptq_once, rtn, rtn_model
@@ -70,10 +71,16 @@ def test_gptq_is_optimal_brain_quantization(features, desc_act, sym, mse):
 
 def test_block_size_does_not_change_the_result(monkeypatch):
     weight, hessian = layer(rows=12, features=96)
-    results = []
+    work, sizes, results = compensation._compensate_block, [], []
+    monkeypatch.setattr(
+        compensation, "_compensate_block", lambda *block: (sizes.append(len(block[1])), work(*block))[1]
+    )
     for columns in (1, 7, 32, 96, 128):
-        monkeypatch.setattr(compensation, "BLOCK_COLUMNS", columns)
+        monkeypatch.setattr(quantization, "compensate", partial(compensation.compensate, block_columns=columns))
         results.append(gptq(weight, hessian, PLAIN).codes)
+        assert max(sizes) == min(columns, 96)
+        assert sum(sizes) == 96
+        sizes.clear()
     assert all((codes == results[0]).float().mean() > 0.99 for codes in results)
 
 

@@ -139,16 +139,6 @@ def test_one_factor_holds_every_inverse(start):
     assert left is None or isclose(left.item(), U[start, start].item() ** -2, rel_tol=1e-6)
 
 
-def test_columns_in_blocks_give_the_same_codes(monkeypatch):
-    """Lazy batches change the speed, not the result."""
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(4, 24, generator=generator), torch.randn(24, 100, generator=generator)
-    H = 2 * inputs @ inputs.T / 100
-    whole = gptq(weight, H, QuantizeConfig(4, 24))
-    monkeypatch.setattr("common.compensation.BLOCK_COLUMNS", 5)
-    assert torch.equal(gptq(weight, H, QuantizeConfig(4, 24)).codes, whole.codes)
-
-
 def test_the_scale_of_awq_is_a_power_of_the_activations(blocks):
     loudness = blocks[0]["inputs"].abs().mean(1)
     scale = channel_scale(loudness, 0.3)

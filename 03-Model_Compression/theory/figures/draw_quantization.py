@@ -132,7 +132,7 @@ def seconds(batch: float, bits: float) -> float:
 
 
 def measured_speedups() -> dict[str, dict[int, float]]:
-    """Decoding speed with 4 bits over that with 16 by batch, as committed: the embedded model, and the 7B shape."""
+    """Decoding speed with 4 bits over that with 16 by batch, on GPUs: the embedded model, and the 7B shape."""
     kernels = {
         "triton-int4": "7B shape, our kernel",
         "torch-int4": "7B shape, PyTorch's int4",
@@ -142,6 +142,8 @@ def measured_speedups() -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for r in committed():
         key, _, batch = r["key"].rpartition("-b")
+        if not r["device"].startswith("NVIDIA"):
+            continue  # the roofline is a GPU's
         if (r["lab"], r["notebook"], key) == ("quantization", "03-Inference", "throughput"):
             rates[r["device"], r["artifact"], int(batch)] = r["value"]
         elif (r["lab"], key) == ("shape", "speedup") and r["artifact"] in kernels:

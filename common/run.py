@@ -88,13 +88,19 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def number(value: float) -> str:
+    """Four significant digits, large numbers in full."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
 def summary(done: list[tuple[Path, float]], records: list[dict]) -> str:
     """A line per notebook: time, peak memory, and the figures it marked as headlines."""
     lines = [f"{'notebook':36} {'time':>8} {'memory':>9}  key results"]
     for notebook, seconds in done:
-        mine = [r for r in records if r["notebook"] == notebook.stem]
+        name = LAB_OF_FOLDER[notebook.parent.name], notebook.stem  # each lab has a 01-Setup
+        mine = [r for r in records if (r["lab"], r["notebook"]) == name]
         memory = next((r["value"] for r in mine if r["key"] == "notebook-memory"), None)
-        headlines = [f"{r['artifact']} {r['key']} {r['value']:.4g} {r['unit']}" for r in mine if r["headline"]]
+        headlines = [f"{r['artifact']} {r['key']} {number(r['value'])} {r['unit']}" for r in mine if r["headline"]]
         shown_memory = f"{memory:.1f} GiB" if memory else "-"
         lines.append(f"{title(notebook):36} {seconds:6.0f} s {shown_memory:>9}  {' · '.join(headlines)}")
     return "\n".join(lines)

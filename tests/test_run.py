@@ -47,6 +47,24 @@ def test_summary_shows_time_memory_and_headlines(chapter, capsys):
     assert "Executed notebooks:" in out
 
 
+def test_summary_keeps_the_labs_apart(tmp_path):
+    """Each lab has a 01-Setup of its own."""
+    labs = {"quantization": "Lab-3.1-Quantization", "pruning": "Lab-3.2-Pruning"}
+    record = {"notebook": "01-Setup", "artifact": "original", "unit": "ppl", "headline": True}
+    records = [record | {"lab": lab, "key": f"{lab} perplexity", "value": 12345.6} for lab in labs]
+    records += [{"lab": "pruning", "notebook": "01-Setup", "key": "notebook-memory", "value": 1.5, "headline": False}]
+    done = [(tmp_path / folder / "01-Setup.ipynb", 10.0) for folder in labs.values()]
+    _, first, second = run.summary(done, records).splitlines()
+    assert first.split(maxsplit=4) == [
+        "Lab-3.1-Quantization/01-Setup",
+        "10",
+        "s",
+        "-",
+        "original quantization perplexity 12,346 ppl",
+    ]
+    assert second.endswith("10 s   1.5 GiB  original pruning perplexity 12,346 ppl")
+
+
 def test_parameters_reach_the_notebook(chapter, capsys):
     chapter('assert (PROFILE, MODEL) == ("smoke", "some/model")')
     assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0

@@ -9,7 +9,7 @@
 # make engines   compile llama.cpp into .venv (a few minutes; needs a C++ compiler)
 # make serve-env install vLLM into .venv-serve (a few minutes, 3.5 GB)
 # make interop   read our checkpoint with auto-gptq 0.7.1, in .venv-interop (Python 3.11 only)
-# make bench     the course's methods beside the well-known libraries (an hour on 2 cores); ONLY=wanda narrows it down
+# make bench     the course's methods beside the well-known libraries (some two hours on 2 cores); ONLY=wanda narrows it down
 #
 # Narrow down:   make labs LAB=3.1 NOTEBOOK=02 PROFILE=smoke MODEL=... GPU_MEMORY=15
 

@@ -36,6 +36,7 @@ from common.text import calibration_windows, load_corpus, test_windows
 
 Figures = dict[str, tuple[float, str]]  # key → (value, unit)
 NOTEBOOK = "bench"  # the name under which records are kept
+REFERENCE_WINDOWS = 4  # of calibration text, on which our perplexity is compared with lm-eval's
 
 GRIDS = {
     "w4-g64-sym": QuantizeConfig(4, 64, sym=True),
@@ -138,7 +139,8 @@ def _of_steps(step, task: Task, clock: Clock, evaluation: Evaluation) -> Figures
 
 
 def _of_reference(task: Task, clock: Clock, evaluation: Evaluation) -> Figures:
-    return reference.lm_eval(task, clock, tokens=4 * task.windows.shape[1], seqlen=task.windows.shape[1])
+    seqlen = task.windows.shape[1]
+    return reference.lm_eval(task, clock, tokens=REFERENCE_WINDOWS * seqlen, seqlen=seqlen)
 
 
 # --- one measurement, in a process of its own ------------------------------------------------------------------------
@@ -237,15 +239,17 @@ def summarize(figures: list[dict]) -> dict[str, tuple[float, float | None, str]]
     return found
 
 
-def protocol(row: Row, settings: Settings) -> dict:
-    """Under what a row's figures were measured."""
+def protocol(row: Row, key: str, settings: Settings) -> dict:
+    """Under what a row's figure was measured."""
     shared = {"corpus": settings.corpus, "dtype": str(settings.dtype)}
+    if row.setting == "reference":
+        return shared | {"text": f"{REFERENCE_WINDOWS} calibration windows", "seqlen": settings.seqlen}
     if row.setting == "kd-step":
         timed = settings.kd_steps - distil.WARM_UP
         return shared | {"batch": settings.kd_batch, "seqlen": settings.kd_seqlen, "steps timed": timed}
     return shared | {
         "calibration": f"{settings.nsamples}x{settings.seqlen}",
-        "windows": settings.quality_windows,
+        "windows": settings.divergence_windows if key == "kl" else settings.quality_windows,
         "seqlen": settings.seqlen,
     }
 
@@ -258,13 +262,14 @@ def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[s
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         good = [outcome["figures"] for outcome in outcomes if "figures" in outcome]
         errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        record = partial(recorder.record, artifact=row.name, n=len(good), protocol=protocol(row, settings))
-        for key, (value, spread, unit) in (summarize(good) if good else {}).items():
-            record(key, value, unit, spread=spread)
-            if key == "perplexity" and spread is not None:
-                record("perplexity-spread", spread, unit)
+        measured = summarize(good) if good else {}
+        if "perplexity" in measured and len(good) > 1:
+            measured["perplexity-spread"] = (measured["perplexity"][1], None, "ppl")
         if good:
-            record("runs", len(good), "runs")
+            measured["runs"] = (len(good), None, "runs")
+        for key, (value, spread, unit) in measured.items():
+            under = protocol(row, key, settings)
+            recorder.record(key, value, unit, artifact=row.name, n=len(good), spread=spread, protocol=under)
         if errors:
             recorder.record("failed", len(errors), "runs", artifact=row.name, protocol={"error": errors[0]})
             failed.append(f"{row.name}: {errors[0]}")

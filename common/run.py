@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from common import provenance, results, tables
@@ -70,13 +71,30 @@ def parameters(lab: str, options: argparse.Namespace) -> dict[str, str]:
 
 def explain(error: PapermillExecutionError, notebook: Path, target: Path, options: argparse.Namespace) -> str:
     """A failing cell as a reader wants it: which cell, its code, the error, where to look, how to try again."""
-    lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
     code = "\n".join(f"    {line}" for line in error.source.splitlines())
     return (
         f"\n❌ {title(notebook)}, cell [{error.exec_count}] failed:\n\n{code}\n\n"
         f"    {error.ename}: {error.evalue}\n\n"
         f"   Whole traceback: {shown(target)}\n"
-        f"   Try again:       make labs LAB={lab} NOTEBOOK={number}"
+        f"   Try again:       {again(notebook, options)}"
+    )
+
+
+def explain_death(notebook: Path, target: Path, options: argparse.Namespace) -> str:
+    """The same for a kernel that is gone, which can say nothing itself."""
+    return (
+        f"\n❌ {title(notebook)}: its process was killed, most often because the main memory was full.\n\n"
+        f"   Close other programs, or use a smaller profile (PROFILE=cpu, PROFILE=smoke).\n"
+        f"   The cells that ran: {shown(target)}\n"
+        f"   Try again:          {again(notebook, options)}"
+    )
+
+
+def again(notebook: Path, options: argparse.Namespace) -> str:
+    """The command that runs this notebook alone, with the same options."""
+    lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
+    return (
+        f"make labs LAB={lab} NOTEBOOK={number}"
         + (f" PROFILE={options.profile}" if options.profile != "auto" else "")
         + (f" MODEL={options.model}" if options.model != "embedded" else "")
         + (f" STUDENT={options.student}" if options.student != "layers" else "")
@@ -156,18 +174,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--student", default="layers", help="Lab 3.3: layers (of the teacher), a Hub id, or a folder")
     parser.add_argument("--gpu-memory", type=float, metavar="GiB", help="cap the GPU allocator")
     parser.add_argument(
-        "--record", action="store_true", help="commit outputs and figures (profile auto, embedded model)"
+        "--record", action="store_true", help="make outputs and figures the committed ones (embedded model, not smoke)"
     )
     options = parser.parse_args(arguments)
-    profile = resolve_profile(options.profile)
+    try:
+        profile, notebooks = resolve_profile(options.profile), find_notebooks(options.lab, options.notebook)
+        if "embedded" in (options.model, options.student):
+            embedded_folder()  # its first use takes half a minute and says so: here, where it is seen
+    except (FileNotFoundError, RuntimeError) as error:  # each says what to do
+        print(f"❌ {error}")
+        return 1
     if options.record and (profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
         parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
 
-    notebooks = find_notebooks(options.lab, options.notebook)
-    if "embedded" in (options.model, options.student):
-        embedded_folder()  # its first use takes half a minute and says so: here, where it is seen
     runs = work_folder() / "runs" / profile
     done, records = [], []
     for number, notebook in enumerate(notebooks, start=1):
@@ -181,6 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
             execute(notebook, target, parameters(lab, options))
         except PapermillExecutionError as error:
             print(explain(error, notebook, target, options))
+            return 1
+        except DeadKernelError:
+            print(explain_death(notebook, target, options))
             return 1
         done.append((notebook, time.perf_counter() - start))
         records += [r for r in results.read(source) if r["lab"] == lab and r not in records]

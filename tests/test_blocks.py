@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from common.blocks import block_linears, decoder_blocks, iter_linears, walk
+from common.blocks import block_linears, decoder_blocks, first_blocks, iter_linears, walk
 
 LLAMA_STAGES = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -330,3 +330,32 @@ def test_a_model_without_blocks(llama, windows):
 def test_windows_of_no_use(llama, shape):
     with pytest.raises(ValueError, match="Calibration windows"):
         walk(llama, torch.zeros(shape, dtype=torch.long), Gram, lambda stage, statistic: None)
+
+
+def test_first_blocks_are_a_model_that_ends_there(llama, windows):
+    study = first_blocks(llama, 2)
+    with torch.no_grad():
+        states = llama(windows, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(study(windows).logits, llama.lm_head(llama.model.norm(states[2])))
+    assert study.config.num_hidden_layers == len(decoder_blocks(study)) == 2
+    assert llama.config.num_hidden_layers == len(decoder_blocks(llama)) == 3
+    decoder_blocks(study)[0].mlp.up_proj.weight.data.zero_()
+    assert llama.model.layers[0].mlp.up_proj.weight.any()  # a copy
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_calibration_is_without_dropout(make_llama, windows, batch_size):
+    model = make_llama(attention_dropout=0.5).train()
+    seen = walked(model, windows, batch_size=batch_size)
+    assert_same(seen, forward_inputs(model.eval(), windows))
+
+
+def test_a_model_that_fails_before_its_blocks_is_left_as_it_was(llama, windows):
+    def fail(*_):
+        raise MemoryError
+
+    handle = llama.model.embed_tokens.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        walk(llama, windows, Gram, lambda stage, statistic: None)
+    handle.remove()
+    assert not [block for block in llama.model.layers if "forward" in vars(block)]

@@ -182,6 +182,8 @@ def test_messages(write, wrong):
     "wrong",
     [
         "快了 2.3 倍。",
+        "其中 37 % 的權重。",
+        "來源：某處。\n\n- 甲，3 秒",
         "省 50 % 的記憶體。",
         "用了 12.5 GiB。",
         "用了 12 GB 記憶體。",
@@ -197,6 +199,10 @@ def test_numbers(write, wrong):
     for right in (
         "快 2.3 倍（[論文](https://e.org)）。",
         "估計 20 分鐘。",
+        "其中 35 % 的權重。",
+        "來源：某處：\n\n- 甲，3 秒",
+        "假設頻寬是 50 GB/s。",
+        "門檻是 3 秒，上限 4 秒。",
         "一張 16 GB 顯示卡，H100 80GB，剪 50 % 的權重。",
         "16 / 4.3125 ≈ 3.7 倍，$2 \\times 3$ GB，`3 GB`，64 × 512。",
         "LLaMA 的大小。來源：某表。\n\n| 模型 | 大小 |\n|---|---|\n| A | 3 MB |",
@@ -271,3 +277,10 @@ def test_all_notebooks_are_recorded_where_the_readme_says_so():
         found = {path: json.loads(path.read_text(encoding="utf-8"))["metadata"] for path in find_notebooks()}
         assert len(found) == 12
         assert not [path.name for path, metadata in found.items() if "provenance" not in metadata]
+
+
+def test_numbers_are_asked_for_in_readmes_and_theory_but_not_in_exercises(write):
+    for name, asked in (("theory/3.9-Name.md", 1), ("README.en.md", 1), ("theory/references.md", 0), ("GPU.md", 0)):
+        assert len(quantities.unsourced(write("快了 2.3 倍。", name))) == asked, name
+    assert not quantities.unsourced(write("## 7. 練習\n\n一張卡快了 2.3 倍，要多久？\n"))
+    assert quantities.unsourced(write("## 7. 練習\n\n文字\n\n## 8. 結論\n\n快了 2.3 倍。\n"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -21,11 +22,16 @@ def test_prepare_prints_every_value_with_its_meaning(capsys):
 
 
 def test_prepare_lets_no_library_greet():
-    code = "from common.environment import prepare; prepare('quantization', 'cpu'); import gptqmodel"
-    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CI": "1"}, capture_output=True, text=True)
-    assert ran.returncode == 0
-    assert ran.stdout.startswith("profile cpu")
-    assert "LogBar" not in ran.stdout + ran.stderr
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"CI": "1"}
+
+    def said(code: str) -> str:
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout + ran.stderr
+
+    prepared = said("from common.environment import prepare; prepare('quantization', 'cpu'); import gptqmodel")
+    assert prepared.startswith("profile cpu")
+    assert "LogBar" not in prepared
+    assert "LogBar" in said("import logbar"), "it does greet here: else the line above says nothing"
 
 
 def test_prepare_seeds(capsys):
@@ -55,7 +61,8 @@ def test_driver_without_cuda_build_is_a_warning_with_advice(monkeypatch, capsys)
     assert all(check.good for check in checks if check.required)
 
 
-def test_usage_counts_from_prepare():
+def test_usage_counts_from_prepare(monkeypatch):
+    monkeypatch.setattr(environment, "_started", time.perf_counter() - 3600)  # the kernel is an hour old
     environment.prepare("quantization", "cpu")
     used = environment.usage()
     assert 0 <= used.seconds < 10

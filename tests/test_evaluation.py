@@ -154,3 +154,9 @@ def test_generation_uses_the_chat_template(llama, tokenizer, monkeypatch):
     plain = generate(llama, tokenizer, "<user>Hello<bot>", max_new_tokens=6)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert generate(llama, tokenizer, "Hello", max_new_tokens=6) == plain
+
+
+def test_a_token_that_the_model_holds_for_impossible(llama, windows):
+    llama.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, windows[2, 5:6], -torch.inf))
+    with pytest.raises(ValueError, match=r"not finite.*NaN or inf"):
+        evaluate(llama, windows)

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -151,8 +152,13 @@ def test_hyperparameters_tokenizer_and_template_stand_in_the_file(save, bpe, tmp
     assert types[5] == gguf.TokenType.NORMAL
 
 
-def test_a_tied_output_head_is_not_written_twice(save, make_llama, tmp_path):
-    tied = {t.name for t in gguf.GGUFReader(export_gguf(save(), tmp_path / "a.gguf")).tensors}
+def test_a_tied_output_head_is_not_written_twice(save, tmp_path):
+    """Also where the checkpoint holds it twice, as other writers' do; `save_pretrained` does not."""
+    folder = save()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tied = {t.name for t in gguf.GGUFReader(export_gguf(folder, tmp_path / "a.gguf")).tensors}
     untied = {
         t.name for t in gguf.GGUFReader(export_gguf(save(tie_word_embeddings=False), tmp_path / "b.gguf")).tensors
     }
@@ -178,7 +184,11 @@ def test_an_interrupted_export_leaves_the_previous_file(save, tmp_path, monkeypa
     folder = save()
     target = export_gguf(folder, tmp_path / "model.gguf")
     before = target.read_bytes()
-    monkeypatch.setattr(gguf_export, "_add_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupted(writer):  # the header is on the disk by now, the tensors are not
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_gguf(folder, target)
     assert target.read_bytes() == before
@@ -401,3 +411,62 @@ def test_without_llama_cpp_the_error_says_what_to_run(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="make engines"):
         llamacpp.LlamaCpp(tmp_path / "model.gguf", context=8)
+
+
+def test_small_numbers_stand_in_the_file(save, tmp_path):
+    """Those that hardly move the logits of a tiny model."""
+    found = fields(export_gguf(save(rms_norm_eps=3e-4, max_position_embeddings=96), tmp_path / "model.gguf"))
+    assert found["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(3e-4)
+    assert found["llama.context_length"] == 96
+    assert found["tokenizer.ggml.padding_token_id"] == 1
+    assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+
+
+def test_a_tokenizer_that_begins_with_bos_says_so(save, tmp_path):
+    tokenizer = sentencepiece()
+    tokenizer.add_bos_token = True
+    found = fields(export_gguf(save(tokenizer=tokenizer, vocab_size=512), tmp_path / "model.gguf"))
+    assert found["tokenizer.ggml.add_bos_token"] is (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    assert found["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_a_window_wider_than_the_positions_does_not_lengthen_the_context(save, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=400,
+        max_position_embeddings=64,
+        sliding_window=128,
+    )
+    found = fields(export_gguf(save(MistralForCausalLM(config)), tmp_path / "model.gguf"))
+    assert found["llama.context_length"] == 64
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_space_is_put_before_the_text_where_the_tokenizer_does(save, tmp_path, prefix):
+    tokenizer = sentencepiece()
+    if not prefix:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    file = export_gguf(save(tokenizer=tokenizer, vocab_size=512), tmp_path / "model.gguf")
+    assert fields(file)["tokenizer.ggml.add_space_prefix"] is prefix
+    engine = LlamaCpp(file, context=32)
+    assert engine.tokenize("The quick fox") == tokenizer("The quick fox").input_ids
+    engine.close()
+
+
+def test_a_token_that_two_merges_make_has_the_score_of_the_earlier(save, tmp_path):
+    names = ["<unk>", "<s>", "</s>", "<0x0A>", "a", "b", "c", "ab", "bc", "abc"]
+    merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+    model = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    found = fields(export_gguf(save(tokenizer=tokenizer, vocab_size=10), tmp_path / "model.gguf"))
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    assert (scores["ab"], scores["bc"], scores["abc"]) == (0, -1, -2)

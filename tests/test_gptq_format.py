@@ -1,6 +1,7 @@
 """The checkpoint format: every bit where the format puts it, and nothing lost between the model and the disk."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from common.compatibility import for_transformers_4
-from common.gptq_format import load_dequantized, pack_linear, pack_rows, save_gptq, unpack_linear, unpack_rows
+from common.gptq_format import (
+    load_dequantized,
+    pack_linear,
+    pack_rows,
+    save_dense,
+    save_gptq,
+    unpack_linear,
+    unpack_rows,
+)
 from common.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn, rtn_model
 
 
@@ -172,8 +181,9 @@ def test_what_is_in_the_file(make_llama, tokenizer, tmp_path, tied):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-def test_config_json(make_llama, tokenizer, tmp_path):
-    config = QuantizeConfig(bits=3, group_size=16, sym=True, damp_percent=0.05, desc_act=True)
+@pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])
+def test_config_json(make_llama, tokenizer, tmp_path, sym):
+    config = QuantizeConfig(bits=3, group_size=16, sym=sym, damp_percent=0.05, desc_act=True)
     model = make_llama()
     save_gptq(tmp_path / "m", model, tokenizer, rtn_model(model, config), method="gptq", parent="tiny")
     content = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
@@ -184,7 +194,7 @@ def test_config_json(make_llama, tokenizer, tmp_path):
         "checkpoint_format": "gptq",  # v1
         "bits": 3,
         "group_size": 16,
-        "sym": True,
+        "sym": sym,
         "desc_act": False,  # static groups: g_idx is in order, whatever the order of work was
         "damp_percent": 0.05,
         "lm_head": False,
@@ -259,3 +269,41 @@ def test_readers_built_on_transformers_4_find_the_rotary_base(make_llama, tokeni
     assert load_dequantized(folder, torch.float32).config.rope_parameters["rope_theta"] == 100_000.0
     # auto-gptq reads the quantization settings from a file of their own.
     assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]
+
+
+@pytest.mark.parametrize("group_size", [16, 48])
+def test_groups_of_other_sizes(group_size):
+    quantized = rtn(torch.randn(32, 96, generator=torch.Generator().manual_seed(0)), QuantizeConfig(4, group_size))
+    tensors = pack_linear(quantized)
+    assert tensors["g_idx"].bincount().tolist() == [group_size] * (96 // group_size)
+    assert torch.equal(unpack_linear(tensors, 4), quantized.dequantize())
+
+
+def test_what_ends_an_answer_is_kept(make_llama, tokenizer, tmp_path):
+    """The embedded model's tokenizer names another eos than its generation config: without the latter it talks on."""
+    model = make_llama()
+    model.generation_config.eos_token_id = [7, 9]
+    save_gptq(tmp_path / "m", model, tokenizer, rtn_model(model, SMALL), method="rtn", parent="tiny")
+    content = json.loads((tmp_path / "m" / "generation_config.json").read_text(encoding="utf-8"))
+    assert content["eos_token_id"] == [7, 9]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(make_llama, tokenizer, tmp_path, monkeypatch):
+    model = make_llama()
+    quantized = rtn_model(model, SMALL)
+    size = save_gptq(tmp_path / "m", model, tokenizer, quantized, method="rtn", parent="tiny").weight_bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((size, True), (size - 20_000, False)):  # a file is its tensors and a header
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            save_gptq(tmp_path / "n", model, tokenizer, quantized, method="rtn", parent="tiny")
+        else:
+            with pytest.raises(OSError, match="the disk has"):
+                save_gptq(tmp_path / "o", model, tokenizer, quantized, method="rtn", parent="tiny")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_dense_copy_names_what_it_was_made_from(make_llama, tokenizer, tmp_path):
+    model = make_llama()
+    source = save_gptq(tmp_path / "gptq", model, tokenizer, rtn_model(model, SMALL), method="rtn", parent="tiny")
+    assert save_dense(source, tmp_path / "dense", torch.float32).parent == "gptq"

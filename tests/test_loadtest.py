@@ -199,3 +199,46 @@ def test_prometheus_scrapes_the_services_default_port():
     assert job["job_name"] == "llm"
     assert job["static_configs"][0]["targets"] == ["127.0.0.1:8080"]
     assert config["rule_files"] == ["alerts.yml"]
+
+
+def test_histogram_quantile_by_hand():
+    """Two observations before; then 4 up to 1, 4 more up to 3, and 2 beyond: linear within a bucket, as Prometheus."""
+    before = Counter({"x_bucket:1.0": 2, "x_bucket:3.0": 2, "x_bucket:+Inf": 2})
+    after = Counter({"x_bucket:1.0": 6, "x_bucket:3.0": 10, "x_bucket:+Inf": 12})
+    for q, expected in ((0.2, 0.5), (0.4, 1.0), (0.5, 1.5), (0.7, 2.5), (0.95, 3.0)):
+        assert histogram_quantile(q, before, after, "x") == pytest.approx(expected)
+
+
+def test_only_tokens_that_came_within_the_level_count():
+    """Four tokens from 0.5 s on, half a second apart: two of them come before the level ends at 1.25 s."""
+    late = request(0, 0.5, 0.5, 4)
+    assert summarize([late], 0, 1.25, Objective(1, 1))["tokens/s"] == pytest.approx(2 / 1.25)
+    assert summarize([late], 1.25, 2.25, Objective(1, 1))["tokens/s"] == pytest.approx(2)  # it began earlier
+
+
+def test_a_request_is_good_when_its_first_and_its_later_tokens_come_in_time():
+    requests = [
+        request(0, 0.1, 0.02, 11),
+        request(0, 0.5, 0.02, 11),
+        request(0, 0.1, 0.1, 11),
+        request(0, 0.5, 0.1, 11),
+    ]
+    assert summarize(requests, 0, 10, Objective(ttft=0.3, tpot=0.05))["in SLO"] == pytest.approx(1 / 4)
+
+
+def test_an_answer_of_one_token_has_no_later_ones():
+    figures = summarize([request(n, 0.1, 0, 1) for n in range(3)], 0, 10, Objective(ttft=0.3, tpot=0.05))
+    assert figures["TPOT P50 ms"] == 0
+    assert figures["in SLO"] == 1
+
+
+@pytest.mark.parametrize(("q", "enough"), [(50, 3), (95, 20), (99, 100)])
+def test_no_percentile_of_too_few_requests(q, enough):
+    for count in (enough - 1, enough):
+        figures = summarize([request(0, 0.1, 0.1, 2)] * count, 0, 1, Objective(1, 1))
+        assert np.isnan(figures[f"TTFT P{q} ms"]) == (count < enough)
+
+
+def test_a_request_belongs_to_the_level_in_which_it_begins():
+    requests = [request(begin, 0.1, 0.1, 2) for begin in (0, 5, 10)]
+    assert [summarize(requests, a, a + 5, Objective(1, 1))["answered"] for a in (0, 5, 10)] == [1, 1, 1]

@@ -259,7 +259,8 @@ def test_prune_once_on_one_block_equals_prune_model(make_llama, windows, method)
     statistics = collect(other, windows, Hessian)
     once = prune_once(other, statistics, config, allocation)
     assert torch.equal(masks[target], once[target])
-    assert masks["model.layers.1.self_attn.q_proj"].all()
+    for found in (masks, once):  # also those that read the same input
+        assert [name for name, keep in found.items() if not keep.all()] == [target]
 
 
 def test_shuffled_norms_lose(make_llama, windows):
@@ -338,3 +339,34 @@ def test_pruned_model_is_pruned_further_with_a_warning(llama, windows):
 def test_allocation_must_name_every_layer(llama, windows):
     with pytest.raises(ValueError, match="every linear layer"):
         prune_model(llama, windows, PruneConfig(), {"model.layers.0.self_attn.q_proj": 0.5})
+
+
+def test_input_norms_in_pieces_and_in_16_bits():
+    """Every batch counts, also beyond the 4,096 tokens of a chunk, and squares are summed in float32."""
+    inputs = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norms = InputNorms(16, inputs)
+    for piece in inputs.split([300, 4700]):
+        norms.add(piece)
+    assert norms.norms.dtype == torch.float32
+    torch.testing.assert_close(norms.norms, inputs.double().norm(dim=0).float(), rtol=1e-5, atol=0)
+
+
+def test_impossible_allocations_are_refused_before_anything_changes(llama, windows):
+    uniform = {name: 0.5 for name, _ in iter_linears(llama)}
+    last = next(reversed(uniform))
+    with pytest.raises(ValueError, match=r"0 ≤ sparsity < 1; got 1\.2"):
+        prune_model(llama, windows, PruneConfig(), uniform | {last: 1.2})
+    with pytest.raises(ValueError, match="Pattern 2:4 fixes every layer's sparsity"):
+        prune_model(llama, windows, PruneConfig(pattern="2:4"), uniform)
+    assert model_sparsity(llama) == 0
+
+
+@pytest.mark.parametrize(("zeros", "warns"), [(0.005, False), (0.02, True)])
+def test_a_model_with_a_percent_of_zeros_is_a_pruned_one(llama, windows, zeros, warns):
+    with torch.no_grad():
+        for _, linear in iter_linears(llama):
+            linear.weight.view(-1)[: round(zeros * linear.weight.numel())] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prune_model(llama, None, PruneConfig("magnitude"))
+    assert bool([w for w in caught if "pruned already" in str(w.message)]) is warns

@@ -439,11 +439,15 @@ def test_gptq_once_is_gptq_model_without_the_pass(make_llama, windows):
     assert not torch.equal(expected[last].codes, found[last].codes)
 
 
-def test_keep_zeros_keeps_a_pruned_model_pruned(llama, windows):
+@pytest.mark.parametrize("once", [False, True])
+def test_keep_zeros_keeps_a_pruned_model_pruned(llama, windows, once):
     with torch.no_grad():
         for _, linear in iter_linears(llama):
             linear.weight[:, ::2] = 0
-    gptq_model(llama, windows, PLAIN, keep_zeros=True)
+    if once:
+        gptq_once(llama, collect(llama, windows, Hessian), PLAIN, keep_zeros=True)
+    else:
+        gptq_model(llama, windows, PLAIN, keep_zeros=True)
     for _, linear in iter_linears(llama):
         assert not linear.weight[:, ::2].any()
         assert linear.weight[:, 1::2].any()
@@ -461,3 +465,17 @@ def test_replayed_blocks_give_what_unrecorded_blocks_give(in_features):
         on_gpu = gptq(weight.cuda(), statistic.matrix.cuda(), config)
         same = (on_cpu.codes == on_gpu.codes.cpu()).float().mean()
         assert same > 0.99  # float32 sums in another order may tip a code that lies between two points
+
+
+def test_gptq_gives_the_threads_back():
+    """It works with one; what comes after it in a notebook must not."""
+    weight, hessian = layer(rows=4, features=32)
+    torch.set_num_threads(2)
+    try:
+        gptq(weight, hessian, PLAIN)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            compensation.compensate(weight.T.clone(), hessian, lambda column: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

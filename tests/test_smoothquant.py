@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from common.blocks import collect, iter_linears
-from common.smoothquant import (
-    ChannelMaxima,
-    round_int8,
-    round_model,
-    smooth_model,
-    smoothing_scale,
-    smoothquant_model,
-)
+from common.smoothquant import ChannelMaxima, round_int8, round_model, smooth_model, smoothing_scale, smoothquant_model
 
 
 @pytest.fixture
@@ -80,3 +73,48 @@ def test_every_weight_lies_on_its_rows_grid(llama, windows):
     for name, linear in iter_linears(llama):
         codes = linear.weight / (linear.weight.abs().amax(-1, keepdim=True) / 127)
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0, msg=name)
+
+
+def test_layers_after_a_normalization_share_one_scale_from_the_largest_of_their_weights(outliers, windows):
+    before, alpha = copy.deepcopy(outliers), 0.25
+    found = collect(before, windows, ChannelMaxima)["model.layers.1.self_attn.q_proj"].maxima
+    smooth_model(outliers, windows, alpha)
+    attention, smoothed = (model.model.layers[1].self_attn for model in (before, outliers))
+    # the scale of block 1 is taken of the model as it came: smoothing block 0 changes nothing that it computes
+    weights = torch.stack([m.weight.abs().amax(0) for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    scale = smoothing_scale(found, weights.amax(0), alpha)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        torch.testing.assert_close(smoothed.get_submodule(name).weight, attention.get_submodule(name).weight * scale)
+    assert torch.equal(smoothed.o_proj.weight, attention.o_proj.weight)
+    mlp = [model.model.layers[1].mlp for model in (before, outliers)]
+    assert not torch.equal(mlp[0].up_proj.weight, mlp[1].up_proj.weight)
+
+
+def test_activations_are_rounded_whenever_the_model_runs(llama, windows):
+    seen = {}
+    round_model(llama)
+    for name, linear in iter_linears(llama):
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    logits(llama, windows)
+    for name, values in seen.items():
+        codes = values / (values.abs().amax(-1, keepdim=True) / 127)
+        torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0, msg=name)
+    assert len(seen) == 3 * 7
+
+
+def test_a_silent_channel_leaves_the_model_finite(llama, windows):
+    with torch.no_grad():
+        llama.model.layers[0].input_layernorm.weight[5] = 0
+        llama.model.layers[0].mlp.gate_proj.weight[:, 7] = 0
+        llama.model.layers[0].mlp.up_proj.weight[:, 7] = 0
+    before = logits(llama, windows)
+    smooth_model(llama, windows)
+    torch.testing.assert_close(logits(llama, windows), before, rtol=1e-4, atol=1e-4)
+
+
+def test_smoothquant_is_smoothing_at_that_alpha_then_rounding(outliers, windows):
+    apart = copy.deepcopy(outliers)
+    smoothquant_model(outliers, windows, alpha=0.8)
+    smooth_model(apart, windows, alpha=0.8)
+    round_model(apart)
+    assert torch.equal(logits(outliers, windows), logits(apart, windows))

@@ -1,5 +1,8 @@
 """The packed sparse checkpoint: exact, as small as its formula says, and refused when damaged."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import artifacts
 from common.blocks import iter_linears
@@ -91,3 +94,31 @@ def test_damaged_values_are_refused(saved):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"Damaged sparse weight: \d+ bits set"):
         load_sparse(artifact.folder, torch.float32)
+
+
+def test_tokenizer_and_end_of_an_answer_are_kept(llama, tokenizer, tmp_path):
+    llama.generation_config.eos_token_id = [7, 9]
+    artifact = save_sparse(tmp_path / "m", llama, tokenizer, method="none", settings={}, parent="original")
+    content = json.loads((artifact.folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert content["eos_token_id"] == [7, 9]
+    assert AutoTokenizer.from_pretrained(artifact.folder)("abc").input_ids == tokenizer("abc").input_ids
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_written(saved, tokenizer, tmp_path, monkeypatch):
+    model, artifact = saved
+    usage = shutil.disk_usage(tmp_path)._replace(free=artifact.weight_bytes - 20_000)  # of the tensors; and a header
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="the disk has"):
+        save_sparse(tmp_path / "again", model, tokenizer, method="none", settings={}, parent="original")
+
+
+def test_more_values_than_bits_are_refused():
+    packed = pack(torch.tensor([[0.0, 5.0]]))
+    for values in ([], [5.0, 6.0]):
+        with pytest.raises(ValueError, match="1 bits set"):
+            unpack(packed | {"values": torch.tensor(values)})
+
+
+def test_it_is_loaded_in_the_type_asked_for(saved):
+    reloaded = load_sparse(saved[1].folder, torch.bfloat16)
+    assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}

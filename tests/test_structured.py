@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_blocks import tiny
 
 from common.blocks import collect
 from common.pruning import InputNorms
@@ -75,3 +76,17 @@ def test_impossible_blocks_are_refused(llama, dropped):
 def test_impossible_widths_are_refused(llama, windows, width):
     with pytest.raises(ValueError, match="present 128 hidden units"):
         narrow_ffn(llama, width, collect(llama, windows, InputNorms))
+
+
+def test_blocks_that_stay_keep_their_kind_of_attention(windows):
+    """Qwen2 with a sliding window in its last blocks: dropping the first leaves two that slide."""
+    model = tiny("qwen2, sliding window in some blocks")
+    shorter = drop_blocks(model, [0])
+    assert shorter.config.layer_types == ["sliding_attention", "sliding_attention"]
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(windows)
+        handle = model.model.layers[0].register_forward_hook(lambda *_: hidden)  # a block that does nothing
+        expected = model(windows).logits
+        handle.remove()
+        torch.testing.assert_close(shorter(windows).logits, expected)
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]

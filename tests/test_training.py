@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from common.distillation import kd_loss, last_relations, minilm_loss, student_from_teacher, top_k_kd_loss
 from common.evaluation import Baseline, evaluate
 from common.soft_labels import make_soft_labels
-from common.training import DistillationTrainer, Objective, WindowDataset, history, training_arguments
+from common.training import DistillationTrainer, Objective, WindowDataset, history, save_student, training_arguments
 
 STEPS = 8
 
@@ -168,3 +168,30 @@ def test_teacher_is_not_trained(tmp_path, llama, text):
     it.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
     assert all(p.grad is None for p in llama.parameters())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_gradients_are_those_of_the_objective(tmp_path, llama, text, labels, stored):
+    """The loss computes them itself: what is logged could be right and what is learnt wrong."""
+    data = WindowDataset(text, labels if stored else None)
+    it = trainer(tmp_path, llama, data, Objective(alpha=0.3), teacher=None if stored else llama)
+    batch = data.collate([2, 7])
+    it.compute_loss(it.model, batch).backward()
+    found = {name: p.grad.clone() for name, p in it.model.named_parameters()}
+    it.model.zero_grad()
+    q, p = (m(input_ids=text[[2, 7]]).logits[:, :-1].flatten(0, 1) for m in (it.model, llama))
+    soft = kd_loss(q, p.detach(), 1.0)
+    if stored:
+        soft = top_k_kd_loss(q, *(batch[name].flatten(0, 1) for name in ("top_ids", "log_probs")), 1.0)
+    hard = F.cross_entropy(q, text[[2, 7], 1:].flatten(), reduction="sum")
+    ((0.3 * hard + 0.7 * soft) / len(q)).backward()
+    for name, parameter in it.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_saved_student_is_in_16_bits_and_the_one_in_memory_is_not_touched(tmp_path, llama, tokenizer):
+    artifact = save_student(tmp_path / "m", llama, tokenizer, method="kd", settings={}, parent="original")
+    assert {p.dtype for p in llama.parameters()} == {torch.float32}
+    reloaded = type(llama).from_pretrained(artifact.folder)
+    for mine, theirs in zip(llama.parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(mine.bfloat16(), theirs) and theirs.dtype == torch.bfloat16

@@ -1,12 +1,14 @@
 """vLLM: the checkpoints we hand it, and (slow) the real server on the embedded model."""
 
 import importlib.util
+import json
 import os
 
 import openai
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from serving_tools import alive, wait_until_gone
 
 from common import vllm_server
@@ -129,3 +131,22 @@ def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):
         assert len(running) >= 4 and all(map(alive, running))  # the guard, the server, its engine and its worker
         raise ZeroDivisionError
     wait_until_gone(running)
+
+
+def test_the_awq_folder_says_what_its_tensors_are(checkpoint, tmp_path):
+    """Groups of 32, zero points, GEMM layout: what vLLM reads before it reads a tensor."""
+    source = checkpoint()
+    awq = repack_as_awq(source, tmp_path / "awq")
+    content = json.loads((awq.folder / "config.json").read_text(encoding="utf-8"))
+    expected = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
+    assert content["quantization_config"] == expected
+    assert awq.parent == source.name
+    tensors, before = (load_file(a.folder / "model.safetensors") for a in (awq, source))
+    layer = "model.layers.1.mlp.down_proj"
+    for key, value in repack_linear(
+        {k: before[f"{layer}.{k}"] for k in ("qweight", "qzeros", "scales", "g_idx")}
+    ).items():
+        assert torch.equal(tensors[f"{layer}.{key}"], value)
+    assert not [name for name in tensors if name.endswith("g_idx")]
+    others = {tensor.dtype for name, tensor in tensors.items() if name.endswith("weight") and "qweight" not in name}
+    assert others == {torch.bfloat16}

@@ -262,11 +262,9 @@ def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[s
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         good = [outcome["figures"] for outcome in outcomes if "figures" in outcome]
         errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        measured = summarize(good) if good else {}
+        measured = summarize(good) | {"runs": (len(good), None, "runs")} if good else {}
         if "perplexity" in measured and len(good) > 1:
             measured["perplexity-spread"] = (measured["perplexity"][1], None, "ppl")
-        if good:
-            measured["runs"] = (len(good), None, "runs")
         for key, (value, spread, unit) in measured.items():
             under = protocol(row, key, settings)
             recorder.record(key, value, unit, artifact=row.name, n=len(good), spread=spread, protocol=under)

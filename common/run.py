@@ -106,7 +106,7 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def number(value: float) -> str:
+def shortened(value: float) -> str:
     """Four significant digits, large numbers in full."""
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
@@ -118,7 +118,7 @@ def summary(done: list[tuple[Path, float]], records: list[dict]) -> str:
         name = LAB_OF_FOLDER[notebook.parent.name], notebook.stem  # each lab has a 01-Setup
         mine = [r for r in records if (r["lab"], r["notebook"]) == name]
         memory = next((r["value"] for r in mine if r["key"] == "notebook-memory"), None)
-        headlines = [f"{r['artifact']} {r['key']} {number(r['value'])} {r['unit']}" for r in mine if r["headline"]]
+        headlines = [f"{r['artifact']} {r['key']} {shortened(r['value'])} {r['unit']}" for r in mine if r["headline"]]
         shown_memory = f"{memory:.1f} GiB" if memory else "-"
         lines.append(f"{title(notebook):36} {seconds:6.0f} s {shown_memory:>9}  {' · '.join(headlines)}")
     return "\n".join(lines)
@@ -177,6 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--record", action="store_true", help="make outputs and figures the committed ones (embedded model, not smoke)"
     )
     options = parser.parse_args(arguments)
+    if options.record and (options.profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
+        parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
     try:
         profile, notebooks = resolve_profile(options.profile), find_notebooks(options.lab, options.notebook)
         if "embedded" in (options.model, options.student):
@@ -184,8 +186,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (FileNotFoundError, RuntimeError) as error:  # each says what to do
         print(f"❌ {error}")
         return 1
-    if options.record and (profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
-        parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
 

@@ -55,6 +55,13 @@ def statements(text: str) -> Iterator[tuple[int, str, str]]:
         opening = block
 
 
+def sentences(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Position and text of every sentence, with its statement and what that may lean on for a source."""
+    for start, statement, support in statements(text):
+        for sentence in SENTENCE.finditer(statement):
+            yield start + sentence.start(), sentence[0], statement, support
+
+
 def is_name(before: str, quantity: str, after: str) -> bool:
     """Whether a quantity only names something: a card by its memory, or a setting by its round percentage (claims, when
     a word of change or use stands before them), or the outcome of a formula that stands before it."""
@@ -78,17 +85,15 @@ def unsourced(document: Document) -> list[Finding]:
     findings, raw = [], without(document.text, REGION)
     exercises = [(start, start + len(text)) for start, text in sections(raw, "練習|習題")]
     shown_text = prose(raw)
-    for start, statement, support in statements(raw):
-        if any(first <= start < last for first, last in exercises) or LINK.search(statement + support):
+    for start, sentence, statement, support in sentences(raw):
+        exercise = any(first <= start < last for first, last in exercises)
+        if exercise or LINK.search(statement + support) or WORD.search(sentence + support):
             continue
-        for sentence in SENTENCE.finditer(statement):
-            if WORD.search(sentence[0] + support):
-                continue
-            shown = shown_text[start + sentence.start() : start + sentence.end()]
-            for match in QUANTITY.finditer(shown):
-                at = start + sentence.start() + match.start()
-                if not is_name(raw[max(0, at - 12) : at], match[0], shown[match.end() :]):
-                    findings.append(document.finding(at, f"number: «{match[0]}» has no source"))
+        shown = shown_text[start : start + len(sentence)]
+        for match in QUANTITY.finditer(shown):
+            at = start + match.start()
+            if not is_name(raw[max(0, at - 12) : at], match[0], shown[match.end() :]):
+                findings.append(document.finding(at, f"number: «{match[0]}» has no source"))
     return findings
 
 
@@ -103,16 +108,13 @@ def misquoted(document: Document) -> list[Finding]:
     held = [float(n.replace(",", "")) for region in REGION.findall(document.text) for n in NUMBER.findall(region)]
     numbered = {heading[2].split()[0] for heading in headings(document.text)}
     findings = []
-    for start, statement, support in statements(raw):
-        if not OWN_TABLES.search(support + statement):
+    for start, sentence, statement, support in sentences(raw):
+        about_tables = OWN_TABLES.search(support + statement)
+        if not about_tables or LINK_ELSEWHERE.search(sentence) or WORD.search(sentence):
             continue
-        for sentence in SENTENCE.finditer(statement):
-            if LINK_ELSEWHERE.search(sentence[0]) or WORD.search(sentence[0]):
-                continue
-            at = start + sentence.start()
-            for match in DECIMAL.finditer(shown_text[at : start + sentence.end()]):
-                places = len(match[0].split(".")[1])
-                known = numbered | {f"{value:.{places}f}" for value in held}
-                if match[0].replace(",", "") not in known:
-                    findings.append(document.finding(at + match.start(), f"quoted: no table has «{match[0]}»"))
+        for match in DECIMAL.finditer(shown_text[start : start + len(sentence)]):
+            figure = match[0].replace(",", "")
+            places = len(figure.split(".")[1])
+            if figure not in numbered and not any(f"{value:.{places}f}" == figure for value in held):
+                findings.append(document.finding(start + match.start(), f"quoted: no table has «{match[0]}»"))
     return findings

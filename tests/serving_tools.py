@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Collection
 from contextlib import contextmanager
 
 import httpx
@@ -60,7 +61,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int]) -> None:
+def wait_until_gone(pids: Collection[int]) -> None:
     """Fails after 10 s. SIGKILL is no instant: the kernel takes a moment to clear a process's memory away."""
     wait_until(lambda: not any(map(alive, pids)), 10)
 

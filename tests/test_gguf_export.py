@@ -281,20 +281,25 @@ def test_llama_cpp_computes_the_same_logits(save, bpe, tmp_path, variant):
     assert distance(folder, export_gguf(folder, tmp_path / "model.gguf"), tokens(bpe)) < 1e-4
 
 
+def mistral(**changes) -> MistralForCausalLM:
+    """A tiny random Mistral with a window of 128 tokens."""
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 400,
+        "sliding_window": 128,
+        "initializer_range": 0.2,
+    }
+    return MistralForCausalLM(MistralConfig(**config | changes)).eval()
+
+
 @needs_llama_cpp
 def test_mistral_is_a_llama_within_its_window(save, bpe, tmp_path):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=400,
-        sliding_window=128,
-        initializer_range=0.2,
-    )
-    folder = save(MistralForCausalLM(config).eval())
+    folder = save(mistral())
     file = export_gguf(folder, tmp_path / "model.gguf")
     assert fields(file)["llama.context_length"] == 128
     assert distance(folder, file, tokens(bpe)) < 1e-4
@@ -431,19 +436,7 @@ def test_a_tokenizer_that_begins_with_bos_says_so(save, tmp_path):
 
 
 def test_a_window_wider_than_the_positions_does_not_lengthen_the_context(save, tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=400,
-        max_position_embeddings=64,
-        sliding_window=128,
-    )
-    found = fields(export_gguf(save(MistralForCausalLM(config)), tmp_path / "model.gguf"))
+    found = fields(export_gguf(save(mistral(max_position_embeddings=64)), tmp_path / "model.gguf"))
     assert found["llama.context_length"] == 64
 
 

@@ -72,9 +72,12 @@ def test_gptq_is_optimal_brain_quantization(features, desc_act, sym, mse):
 def test_block_size_does_not_change_the_result(monkeypatch):
     weight, hessian = layer(rows=12, features=96)
     work, sizes, results = compensation._compensate_block, [], []
-    monkeypatch.setattr(
-        compensation, "_compensate_block", lambda *block: (sizes.append(len(block[1])), work(*block))[1]
-    )
+
+    def counted(replace, columns, *others):
+        sizes.append(len(columns))
+        return work(replace, columns, *others)
+
+    monkeypatch.setattr(compensation, "_compensate_block", counted)
     for columns in (1, 7, 32, 96, 128):
         monkeypatch.setattr(quantization, "compensate", partial(compensation.compensate, block_columns=columns))
         results.append(gptq(weight, hessian, PLAIN).codes)

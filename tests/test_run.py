@@ -59,9 +59,11 @@ def test_a_killed_kernel_is_told_from_a_failing_cell(chapter, capsys):
 
 
 def test_a_notebook_that_is_not_there_is_one_line(chapter, capsys):
-    chapter(GOOD)
-    assert run.main(["--notebook", "05"]) == 1
-    assert capsys.readouterr().out.startswith("❌ No notebook matches --lab '' --notebook '05'. There are: Lab-3.1-")
+    chapter("pass")
+    assert run.main(["--lab", "9.9"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("❌ No notebook matches --lab '9.9' --notebook ''.")
+    assert "Lab-3.1-Quantization/01-Setup" in out
 
 
 def test_summary_keeps_the_labs_apart(tmp_path):

@@ -1,6 +1,7 @@
 """The worked numbers of theory/3.1: its blocks are run again, and its table computed a second time with `common`."""
 
 import re
+from functools import partial
 from itertools import product
 from math import isclose
 
@@ -9,6 +10,7 @@ import torch
 from theory_tools import WORKED, read, run_blocks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import quantization
 from common.awq import channel_scale
 from common.blocks import iter_linears
 from common.compensation import Hessian, inverse_cholesky, output_error
@@ -137,6 +139,16 @@ def test_one_factor_holds_every_inverse(start):
     rest = range(start + 1, 3)
     left = H[start, start] - H[start, rest] @ torch.linalg.inv(H[rest][:, rest]) @ H[rest, start] if rest else None
     assert left is None or isclose(left.item(), U[start, start].item() ** -2, rel_tol=1e-6)
+
+
+def test_columns_in_blocks_give_the_same_codes(monkeypatch):
+    """Lazy batches change the speed, not the result."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(4, 24, generator=generator), torch.randn(24, 100, generator=generator)
+    H = 2 * inputs @ inputs.T / 100
+    whole = gptq(weight, H, QuantizeConfig(4, 24))
+    monkeypatch.setattr(quantization, "compensate", partial(quantization.compensate, block_columns=5))
+    assert torch.equal(gptq(weight, H, QuantizeConfig(4, 24)).codes, whole.codes)
 
 
 def test_the_scale_of_awq_is_a_power_of_the_activations(blocks):

@@ -46,10 +46,10 @@ engines: .venv/.engines
 
 # LLAMA_BUILD_COMMON and LLAVA_BUILD: command-line helpers and vision, which take as long to compile as the engine.
 # No cache: the engine is compiled for the processor of this machine.
-.venv/.engines: requirements-engines.txt common/llamacpp.cmake | .venv/.ready
+.venv/.engines: requirements-engines.txt common/engines/llamacpp.cmake | .venv/.ready
 	@echo "Compiling llama.cpp (once, a few minutes) ..."
 	@$(BIN)/pip uninstall --quiet --yes llama-cpp-python 2>/dev/null # else pip keeps one that was compiled otherwise
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/llamacpp.cmake" \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/engines/llamacpp.cmake" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -r $<
 	@touch $@
 
@@ -91,11 +91,11 @@ bench: setup .venv/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bench $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
 labs: setup $(ENGINES)
-	$(BIN)/python -m common.run $(LAB_OPTIONS)
+	$(BIN)/python -m tools.run $(LAB_OPTIONS)
 
 record: setup $(ENGINES)
-	$(BIN)/python -m common.run --record $(LAB_OPTIONS)
-	$(BIN)/python -m common.tables render
+	$(BIN)/python -m tools.run --record $(LAB_OPTIONS)
+	$(BIN)/python -m tools.tables render
 
 # The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
 test: lint
@@ -107,7 +107,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 docs-check: setup
-	$(BIN)/python -m documents check
+	$(BIN)/python -m tools.documents check
 
 figures: setup
 	@set -e; for script in 03-Model_Compression/theory/figures/draw_*.py; do \
@@ -118,10 +118,10 @@ notebook: setup
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/03-Model_Compression
 
 loadtest: setup
-	$(BIN)/python -m common.loadtest --model $(or $(MODEL),embedded)
+	$(BIN)/python -m common.serving.loadtest --model $(or $(MODEL),embedded)
 
 tables: setup
-	$(BIN)/python -m common.tables render
+	$(BIN)/python -m tools.tables render
 
 clean:
 	rm -rf .work .pytest_cache .ruff_cache .hypothesis

@@ -24,15 +24,15 @@ import torch
 
 from benchmarks import contenders, distil, reference
 from benchmarks.contenders import Clock, Contender, Task
-from common import tables
-from common.assets import load_model, load_tokenizer, locate
-from common.environment import prepare
-from common.evaluation import Baseline, evaluate
-from common.pruning import PruneConfig
-from common.quantization import QuantizeConfig
-from common.results import Recorder, merge, protocol_hash, read
-from common.settings import PROFILES, Settings, load_settings, slug, work_folder
-from common.text import calibration_windows, load_corpus, test_windows
+from common.course.assets import load_model, load_tokenizer, locate
+from common.course.environment import prepare
+from common.course.settings import PROFILES, Settings, load_settings, slug, work_folder
+from common.course.text import calibration_windows, evaluation_windows, load_corpus
+from common.measure.evaluation import Baseline, evaluate
+from common.measure.results import Recorder, merge, protocol_hash, read
+from common.methods.pruning import PruneConfig
+from common.methods.quantization import QuantizeConfig
+from tools import tables
 
 Figures = dict[str, tuple[float, str]]  # key → (value, unit)
 NOTEBOOK = "bench"  # the name under which records are kept
@@ -158,14 +158,14 @@ def measure(row: Row, seed: int, settings: Settings, folder: Path) -> Figures:
             batch_size=settings.batch_size,
             out=Path(out),
         )
-        tests = test_windows(tokenizer, corpus, settings.seqlen, settings.quality_windows)
+        tests = evaluation_windows(tokenizer, corpus, settings.seqlen, settings.quality_windows)
         return row.measure(task, Clock(device=settings.device), Evaluation(settings, tests, folder / "baseline.pt"))
 
 
 def work(name: str, seed: int, profile: str, folder: Path) -> None:
     """The whole of a measuring process: leaves figures, or the error, in a file."""
     row = next(row for row in rows() if row.name == name)
-    settings = prepare("benchmark", profile)
+    settings = prepare("benchmark", NOTEBOOK, profile)
     try:
         outcome = {"figures": measure(row, seed, settings, folder)}
     except Exception as error:  # a library that cannot run here is a result, too
@@ -256,7 +256,7 @@ def protocol(row: Row, key: str, settings: Settings) -> dict:
 
 def collect(chosen: list[Row], settings: Settings, folder: Path) -> tuple[list[str], Recorder]:
     """Record every row's figures; returns lines about rows that could not run, and the recorder."""
-    recorder, failed = Recorder(settings, NOTEBOOK), []
+    recorder, failed = Recorder(settings), []
     for row in chosen:
         files = [file for seed in settings.seeds if (file := _file(folder, row, seed)).exists()]
         outcomes = [json.loads(file.read_text(encoding="utf-8")) for file in files]

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.awq import awq_model
-from common.blocks import iter_linears
-from common.gptq_format import load_dequantized, save_gptq
-from common.pruning import PruneConfig, prune_model
-from common.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn_model
-from common.smoothquant import smoothquant_model
-from common.sparse_format import packed_bytes
+from common.formats.gptq import load_dequantized, save_gptq
+from common.formats.sparse import packed_bytes
+from common.methods.awq import awq_model
+from common.methods.blocks import iter_linears
+from common.methods.pruning import PruneConfig, prune_model
+from common.methods.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn_model
+from common.methods.smoothquant import smoothquant_model
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _save(model: nn.Module, folder: Path) -> int:
 
 
 def _packed_bytes(model: nn.Module) -> int:
-    """Bytes of the bit mask and 16-bit values that `common.sparse_format` writes, and of everything else."""
+    """Bytes of the bit mask and 16-bit values that `common.formats.sparse` writes, and of everything else."""
     weights = [linear.weight.bfloat16() for _, linear in iter_linears(model)]
     return _dense_bytes(model) + sum(packed_bytes(weight) - weight.nbytes for weight in weights)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.gptq_format import pack_linear
-from common.quantization import QuantizeConfig, QuantizedWeight, rtn
+from common.formats.gptq import pack_linear
+from common.methods.quantization import QuantizeConfig, QuantizedWeight, rtn
 
 # Symmetric, as Marlin wants it. Which codes a weight gets has no influence on speed: rounding will do.
 CONFIG = QuantizeConfig(bits=4, group_size=128, sym=True, mse=False, desc_act=False)
@@ -73,7 +73,7 @@ def stack(*linears: nn.Linear) -> nn.Linear:
 class LeanLayer(nn.Module):
     """A `LlamaDecoderLayer` in few kernels, its matrix products by `convert`.
 
-    Serves what `common.benchmarking.Decoder` does: a prompt from position 0, then the token at the cache's end.
+    Serves what `common.measure.benchmarking.Decoder` does: a prompt from position 0, then the token at the cache's end.
     """
 
     def __init__(self, layer: nn.Module, convert: Callable[[nn.Linear], nn.Module]):

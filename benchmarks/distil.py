@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks.contenders import Clock, Task
-from common.distillation import evenly_spaced, student_from_teacher
-from common.soft_labels import make_soft_labels
-from common.training import DistillationTrainer, Objective, WindowDataset, history, training_arguments
+from common.methods.distillation import evenly_spaced, student_from_teacher
+from common.methods.soft_labels import make_soft_labels
+from common.methods.training import DistillationTrainer, Objective, WindowDataset, history, training_arguments
 
 WARM_UP = 2  # steps that are not timed
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from common import artifacts
-from common.assets import load_tokenizer
-from common.compatibility import for_transformers_4
-from common.evaluation import evaluate
-from common.gptq_format import load_dequantized
-from common.settings import ROOT, load_settings
-from common.text import load_corpus, test_windows
+from benchmarks.compatibility import for_transformers_4
+from common.course import artifacts
+from common.course.assets import load_tokenizer
+from common.course.settings import ROOT, load_settings
+from common.course.text import evaluation_windows, load_corpus
+from common.formats.gptq import load_dequantized
+from common.measure.evaluation import evaluate
 
 PYTHON = ROOT / ".venv-interop" / "bin" / "python"
 
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = load_settings("quantization", options.profile)
     checkpoint = artifacts.load(settings.artifacts / "gptq", made_by="Lab-3.1-Quantization/02-Quantize")
-    windows = test_windows(load_tokenizer(settings.model), load_corpus(settings.corpus), 512, options.windows)
+    windows = evaluation_windows(load_tokenizer(settings.model), load_corpus(settings.corpus), 512, options.windows)
     ours, theirs = compare(checkpoint.folder, windows)
     difference = abs(theirs["perplexity"] / ours - 1)
     print(f"ours {ours:.4f} · auto-gptq {theirs['perplexity']:.4f} ({theirs['kernel']}) · difference {difference:.3%}")

@@ -5,7 +5,7 @@ import math
 import torch
 
 from benchmarks.contenders import Clock, Task
-from common.evaluation import evaluate
+from common.measure.evaluation import evaluate
 
 
 def lm_eval(task: Task, clock: Clock, tokens: int, seqlen: int) -> dict[str, tuple[float, str]]:

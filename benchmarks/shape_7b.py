@@ -42,9 +42,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_per_step, use_kernel, weight_bytes
-from common import assets, tables
-from common.assets import load_model, model_config
-from common.benchmarking import (
+from common.course import assets
+from common.course.assets import load_model, model_config
+from common.course.environment import GIB, prepare
+from common.course.settings import PROFILES, Settings, load_settings
+from common.measure.benchmarking import (
     Decoder,
     graphed,
     measure_latency,
@@ -53,12 +55,11 @@ from common.benchmarking import (
     sparse_kernels,
     synchronize,
 )
-from common.blocks import iter_linears
-from common.environment import GIB, prepare
-from common.pruning import PruneConfig, prune_model
-from common.quantization import QuantizeConfig, gptq_model
-from common.results import Recorder, read
-from common.settings import PROFILES, Settings, load_settings
+from common.measure.results import Recorder, read
+from common.methods.blocks import iter_linears
+from common.methods.pruning import PruneConfig, prune_model
+from common.methods.quantization import QuantizeConfig, gptq_model
+from tools import tables
 
 assets.SHAPES["tiny"] = LlamaConfig(
     hidden_size=128,
@@ -126,7 +127,7 @@ class Run:
 
     def begin(self, step: str) -> None:
         self.step = step
-        self.recorder = Recorder(self.settings, f"shape-7b-{step}")
+        self.recorder = Recorder(self.settings.replace(notebook=f"shape-7b-{step}"))
 
     def record(self, key: str, value: float, unit: str, artifact: str, protocol: dict, n: int = 1) -> None:
         if artifact != "original" or not self.step.startswith("decode-"):  # there it is only the others' reference
@@ -433,7 +434,7 @@ def main(arguments: list[str] | None = None) -> Run:
     parser.add_argument("--record", action="store_true", help="make the figures the committed ones, step by step")
     options = parser.parse_args(arguments)
     shape = options.shape or load_settings("shape", options.profile).shape
-    run = Run(prepare("shape", options.profile, f"shape:{shape}"), options.gpu_memory)
+    run = Run(prepare("shape", "shape-7b", options.profile, f"shape:{shape}"), options.gpu_memory)
     steps = [step for step in STEPS if step in options.only]
     try:
         for number, step in enumerate(steps):

@@ -11,7 +11,7 @@ import torch
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.processes import free_port
+from common.engines.processes import free_port
 from common.serving.api import Limits, create_app
 from common.serving.engine import TransformersEngine
 

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from common import tables
+from tools import tables
 
 RECORDS = tables.committed()
 

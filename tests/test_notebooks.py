@@ -8,9 +8,10 @@ import sys
 import nbformat
 import pytest
 
-from common import provenance, results, run, tables
-from common.environment import device_name
-from common.settings import ROOT, load_settings, slug
+from common.course.environment import device_name
+from common.course.settings import ROOT, load_settings, slug
+from common.measure import results
+from tools import provenance, run, tables
 
 NOTEBOOKS = run.find_notebooks()
 MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|opt)/")
@@ -81,7 +82,7 @@ def test_documents_show_the_committed_figures():
 def smoke(tmp_path_factory):
     """Run all notebooks once at the smoke profile, in order, each in a fresh kernel."""
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
-    command = [sys.executable, "-m", "common.run", "--profile", "smoke"]
+    command = [sys.executable, "-m", "tools.run", "--profile", "smoke"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")  # notebooks find everything from any working directory
     return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=4500)
 
@@ -110,7 +111,7 @@ def test_inference_without_its_artifact_names_the_notebook(tmp_path):
     models = ROOT / ".work" / "tests" / "models"
     if models.exists():  # the unpacked embedded model is not what is missing
         (tmp_path / "models").symlink_to(models)
-    command = [sys.executable, "-m", "common.run", "--lab", "3.1", "--notebook", "03", "--profile", "smoke"]
+    command = [sys.executable, "-m", "tools.run", "--lab", "3.1", "--notebook", "03", "--profile", "smoke"]
     environment = os.environ | {"COURSE_WORK": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
@@ -124,7 +125,7 @@ def test_setup_notebooks_give_the_committed_outputs():
     assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in checked)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", *setups]
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
-    unpack = [sys.executable, "-c", "from common.assets import embedded_folder; embedded_folder()"]
+    unpack = [sys.executable, "-c", "from common.course.assets import embedded_folder; embedded_folder()"]
     subprocess.run(unpack, cwd=ROOT, env=environment, check=True)  # its first use says so; nbval compares stderr, too
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -5,7 +5,7 @@ import functools
 import io
 import re
 
-from common.settings import ROOT
+from common.course.settings import ROOT
 
 THEORY = ROOT / "03-Model_Compression" / "theory"
 BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)

@@ -17,8 +17,8 @@ import torch
 import uvicorn
 from transformers import AutoConfig
 
-from common.assets import load_model, load_tokenizer, locate
-from common.gptq_format import load_dequantized
+from common.course.assets import load_model, load_tokenizer, locate
+from common.formats.gptq import load_dequantized
 from common.serving.api import Limits, create_app
 from common.serving.backend import HttpEngine
 from common.serving.engine import TransformersEngine

@@ -1,4 +1,4 @@
-"""Load for Locust: users who stream chat answers, their number rising in steps. Run by `common.loadtest`.
+"""Load for Locust: users who stream chat answers, their number rising in steps. Run by `common.serving.loadtest`.
 
 LOAD_PLAN in the environment is JSON: levels, seconds, prompts, request, key, output (a file that gets one JSON line
 for each step and each request).

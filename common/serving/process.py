@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common import processes
-from common.settings import work_folder
+from common.course.settings import work_folder
+from common.engines import processes
 
 
 @contextmanager

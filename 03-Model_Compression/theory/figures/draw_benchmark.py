@@ -9,8 +9,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from common import tables
-from common.plots import BLUE, GREEN, GREY, ORANGE
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from tools import tables
 
 HERE = Path(__file__).parent
 COLORS = {"ours": BLUE, "RTN": GREY, "GPTQModel": ORANGE, "llm-compressor": GREEN, "optimum": "#9333ea"}

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.distillation import kd_loss, top_k_kd_loss
-from common.plots import BLUE, GREEN, GREY, ORANGE
-from common.soft_labels import top_k_and_tail
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.methods.distillation import kd_loss, top_k_kd_loss
+from common.methods.soft_labels import top_k_and_tail
 
 HERE = Path(__file__).parent
 VOCABULARY = 49_152  # the embedded model's

@@ -14,12 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import tables
-from common.plots import BLUE, GREEN, GREY, ORANGE
-from common.settings import ROOT
+from common.course.settings import ROOT
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from tools import tables
 
 HERE = Path(__file__).parent
-PROFILES = ROOT / "common" / "profiles.toml"
+PROFILES = ROOT / "common" / "course" / "profiles.toml"
 COLORS = {"magnitude": ORANGE, "wanda": BLUE, "sparsegpt": GREEN}
 NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
@@ -125,7 +125,7 @@ def sensitivity() -> Figure:
     values = torch.tensor([cost[block] for block in blocks])
     profile = tomllib.loads(PROFILES.read_text(encoding="utf-8"))["pruning"]
     total, span = (profile[name]["all"] for name in ("high_sparsity", "owl_span"))
-    scores = values.log()  # as common.allocation.by_importance does
+    scores = values.log()  # as common.methods.allocation.by_importance does
     density = (scores - scores.min()) / (scores.max() - scores.min()) * 2 * span
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.1))
     left.bar(blocks, values, color=BLUE)

@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.compensation import Hessian, inverse_cholesky
-from common.plots import BLUE, GREEN, GREY, ORANGE
-from common.quantization import QuantizeConfig, gptq, rtn
-from common.tables import committed
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.methods.compensation import Hessian, inverse_cholesky
+from common.methods.quantization import QuantizeConfig, gptq, rtn
+from tools.tables import committed
 
 HERE = Path(__file__).parent
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM by NVIDIA's data sheet: dense BF16 FLOP/s, HBM3 bytes/s

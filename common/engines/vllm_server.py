@@ -1,0 +1,90 @@
+"""vLLM's own server, from its own environment (`make serve-env`), on the loopback interface."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.course import artifacts
+from common.course.settings import ROOT
+from common.engines.processes import free_port, serve
+from common.formats.awq import repack_as_awq
+from common.formats.gptq import save_dense
+
+ENVIRONMENT = ROOT / ".venv-serve"
+MODEL_NAME = "course"  # what clients ask for
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_INT4_W4A8": "0",  # else vLLM also rounds activations, to 8 bits, on CPUs with AMX
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at first use, and greedy answers have no use for it
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class VLLM:
+    """A running server."""
+
+    url: str  # of its OpenAI-compatible API
+    log: Path
+
+    @property
+    def kernel(self) -> str:
+        """The code it chose for quantized layers, from its log; "" where the model has none."""
+        found = re.search(r"Using (\w*Kernel) for", self.log.read_text(encoding="utf-8", errors="replace"))
+        return found[1] if found else ""
+
+
+def missing() -> str:
+    """What to do where vLLM is not installed; "" where it is."""
+    if (ENVIRONMENT / ".ready").exists():
+        return ""
+    return "vLLM is not installed. Run `make serve-env` (a few minutes; about 3.5 GB), then run the cell again."
+
+
+def has_four_bit_kernel() -> bool:
+    """vLLM computes with packed 4-bit weights on GPUs and on CPUs with AVX-512; others lack the kernel."""
+    return torch.cuda.is_available() or torch.cpu._is_avx512_supported()
+
+
+def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -> artifacts.Artifact:
+    """A GPTQ checkpoint as vLLM can serve it on this machine: the same numbers, saved in `target`.
+
+    In AWQ's format where vLLM has a 4-bit kernel (it refuses asymmetric files in GPTQ's), else unpacked to `dtype`.
+    """
+    if has_four_bit_kernel():
+        return repack_as_awq(checkpoint, target)
+    return save_dense(checkpoint, target, dtype)
+
+
+@contextlib.contextmanager
+def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int) -> Iterator[VLLM]:
+    """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
+
+    dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
+    sequences: requests computed together. Prompts are computed anew each time, so that the first token's delay is real.
+    Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
+    """
+    if missing():
+        raise FileNotFoundError(missing())
+    port = free_port()
+    root = f"http://127.0.0.1:{port}"
+    # `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` does not have; its module does not.
+    command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
+    command += ["--dtype", dtype, "--max-model-len", context, "--max-num-seqs", sequences, "--no-enable-prefix-caching"]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", "0.5"]  # the notebook's own models are on the card, too
+        # CUDA graphs without torch.compile, which would take longer than a notebook uses the server.
+        command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
+    else:
+        command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
+    environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    with serve(command, health=f"{root}/health", log=log, timeout=600, environment=environment):
+        yield VLLM(url=f"{root}/v1", log=log)

@@ -1,0 +1,87 @@
+"""The AWQ checkpoint format, as another way to pack the same numbers.
+
+vLLM reads GPTQ files only when they are symmetric, but AWQ files also when they are not. Both formats store codes,
+scales and zero points; repacking from one to the other changes no number, whatever method had found them.
+
+Per linear layer [out, in], 4 bits:
+    qweight int32 [in, out / 8]   codes, packed along the outputs in the order 0 2 4 6 1 3 5 7, lowest bits first
+    qzeros  int32 [groups, out / 8]   zero points, packed likewise
+    scales  float16 [groups, out]
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.course import artifacts
+from common.formats.gptq import pack_rows, unpack_rows
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack_outputs(codes: Tensor) -> Tensor:
+    """Pack integers [n, out] in [0, 16) along the outputs into int32 [n, out / 8]; out must be a multiple of 32."""
+    reordered = codes.view(len(codes), -1, len(ORDER))[..., list(ORDER)].reshape(codes.shape)
+    return pack_rows(reordered.T, bits=4).T.contiguous()
+
+
+def repack_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's GPTQ v1 tensors as AWQ tensors.
+
+    Raises ValueError where its groups do not cover consecutive inputs (`desc_act` written the old way).
+    """
+    groups = len(tensors["scales"])
+    group = tensors["g_idx"]
+    if not torch.equal(group, torch.arange(len(group), dtype=group.dtype) // (len(group) // groups)):
+        raise ValueError("AWQ's format has no g_idx: its groups are consecutive inputs. Quantize with static groups.")
+    zeros = unpack_rows(tensors["qzeros"].T.contiguous(), bits=4).T + 1  # GPTQ v1 stores them minus 1
+    return {
+        "qweight": pack_outputs(unpack_rows(tensors["qweight"], bits=4)),
+        "qzeros": pack_outputs(zeros.contiguous()),
+        "scales": tensors["scales"],
+    }
+
+
+def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifact:
+    """Save the GPTQ v1 checkpoint `source` in AWQ's format. Raises ValueError unless it has 4 bits."""
+    if source.settings["bits"] != 4:
+        raise ValueError(f"AWQ's format holds 4 bits, {source.name} has {source.settings['bits']}.")
+    packed, tensors = {}, {}
+    with safe_open(source.folder / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
+            layer, key = name.rsplit(".", 1)
+            if key in ("qweight", "qzeros", "scales", "g_idx"):
+                packed.setdefault(layer, {})[key] = file.get_tensor(name)
+            else:
+                tensors[name] = file.get_tensor(name).to(torch.bfloat16)
+    for layer, parts in packed.items():
+        tensors |= {f"{layer}.{key}": value for key, value in repack_linear(parts).items()}
+
+    def write(path: Path) -> None:
+        skipped = shutil.ignore_patterns("*.safetensors", artifacts.DESCRIPTION)
+        shutil.copytree(source.folder, path, ignore=skipped, dirs_exist_ok=True)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": 4,
+            "group_size": source.settings["group_size"],
+            "zero_point": True,
+        }
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return artifacts.save(
+        target,
+        write,
+        method="awq-format",
+        settings=source.settings | {"dtype": "bfloat16"},  # of everything that is not quantized
+        parent=source.name,
+        expected_bytes=size,
+    )

@@ -1,0 +1,138 @@
+"""Measured figures, as notebooks record them.
+
+A record says what was measured (`key`, `artifact`), under which `protocol`, where, when and with which versions.
+`tools.tables` makes them the committed ones and renders tables from them.
+"""
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+
+from common.course.environment import GIB, device_name, usage, versions
+from common.course.settings import Settings, slug, work_folder
+
+
+def protocol_hash(protocol: dict) -> str:
+    """A short stable name of a protocol: equal dicts, equal hash."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Recorder:
+    """Writes a notebook's figures as they come to `.work/results/<device>/<profile>/<lab>.json`."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.notebook = settings, settings.notebook
+        self.device = device_name(settings)
+        self.file = work_folder() / "results" / slug(self.device) / settings.profile / f"{settings.lab}.json"
+        # A run begins without the figures of the run before it, some of which it may no longer measure.
+        mine = (self.notebook, settings.model)
+        write([r for r in read(self.file) if (r["notebook"], r["model"]) != mine], self.file)
+
+    def record(
+        self,
+        key: str,
+        value: float,
+        unit: str,
+        *,
+        artifact: str,
+        protocol: dict,
+        n: int = 1,
+        spread: float | None = None,
+        headline: bool = False,
+    ) -> None:
+        """Store one figure; measuring the same thing again replaces it.
+
+        key: what is measured, such as "perplexity"; artifact: of which model; n: runs, windows or samples behind it;
+        spread: its standard error or standard deviation, in `unit`; headline: shown in the summary of a run.
+        """
+        settings = self.settings
+        record = {
+            "lab": settings.lab,
+            "notebook": self.notebook,
+            "key": key,
+            "artifact": artifact,
+            "value": value,
+            "unit": unit,
+            "n": n,
+            "spread": spread,
+            "headline": headline,
+            "protocol": protocol,
+            "model": settings.model,
+            "profile": settings.profile,
+            "device": self.device,
+            "versions": versions(),
+            "date": datetime.date.today().isoformat(),
+        }
+        merge([record], self.file)
+
+    def rows(self, key: str, values: dict[str, float], unit: str, *, spread: dict | None = None, **same) -> None:
+        """Store one figure per artifact: `values` and `spread` by artifact, the rest as in `record`."""
+        for artifact, value in values.items():
+            self.record(key, value, unit, artifact=artifact, spread=(spread or {}).get(artifact), **same)
+
+    def quality(self, quality, *, artifact: str, windows: int, headline: bool = False) -> None:
+        """Store an `evaluation.Quality` under the lab's protocol for `windows` test windows."""
+        settings = self.settings
+        protocol = {
+            "corpus": settings.corpus,
+            "split": "test",
+            "seqlen": settings.seqlen,
+            "windows": windows,
+            "dtype": str(settings.dtype),
+        }
+        self.record(
+            "perplexity",
+            quality.perplexity,
+            "ppl",
+            artifact=artifact,
+            protocol=protocol,
+            n=windows,
+            spread=quality.standard_error,
+            headline=headline,
+        )
+        compared = min(windows, settings.kl_windows)
+        against = protocol | {"windows": compared, "against": "original"}
+        for key, value, unit in (("kl", quality.kl, "nats/token"), ("top1", quality.top1, "share")):
+            if value is not None:
+                self.record(key, value, unit, artifact=artifact, protocol=against, n=compared)
+
+    def finish(self) -> None:
+        """Last step of every notebook: print and store the time and the memory it took."""
+        used = usage()
+        parts = {"notebook-seconds": (used.seconds, "s"), "notebook-memory": (used.memory_bytes / GIB, "GiB")}
+        if used.gpu_bytes:
+            parts["notebook-gpu-memory"] = (used.gpu_bytes / GIB, "GiB")
+        for key, (value, unit) in parts.items():
+            self.record(key, value, unit, artifact=self.notebook, protocol={})
+        print(
+            "✅",
+            self.notebook,
+            "·",
+            " · ".join(f"{key[9:]} {value:.1f} {unit}" for key, (value, unit) in parts.items()),
+        )
+
+
+def identity(record: dict) -> tuple:
+    names = ("lab", "notebook", "key", "artifact", "model", "profile", "device")
+    return (*(record[name] for name in names), protocol_hash(record["protocol"]))
+
+
+def read(file: Path) -> list[dict]:
+    """The records of one file; none if it does not exist."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def merge(records: list[dict], file: Path) -> None:
+    """Add records to a file, each replacing the one of the same identity."""
+    write([*read(file), *records], file)
+
+
+def write(records: list[dict], file: Path) -> None:
+    """Make `records` the content of a file; of equal identities the last one stays."""
+    merged = {identity(record): record for record in records}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".new")  # written aside, then renamed: an interruption loses nothing
+    content = json.dumps(sorted(merged.values(), key=identity), indent=1, ensure_ascii=False)
+    aside.write_text(content + "\n", encoding="utf-8")
+    aside.replace(file)

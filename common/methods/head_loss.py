@@ -1,0 +1,89 @@
+"""Losses over a large vocabulary, with their gradients in closed form.
+
+A batch's logits are by far its largest tensors (49,152 numbers a token). Both tricks here are about them:
+
+- Their gradients are textbook formulas, "prediction - answer" and "student - teacher": written out, they take a few
+  passes over the logits where autograd would take dozens.
+- The loss is the last thing a network computes, so the gradient can be taken to the last layer's inputs and weights
+  at once, some tokens at a time; logits of a whole batch then never exist (Liger Kernel, arXiv:2410.10989).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 2048  # tokens whose logits are held at once; changes memory, not the result
+
+# Logits [tokens, vocabulary] and more, a row per token → loss summed over tokens, its gradient with the logits' shape.
+LossAndGradient = Callable[..., tuple[Tensor, Tensor]]
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature), in float32 or better: sums over a vocabulary need it."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if temperature != 1:
+        logits = logits.to(dtype) / temperature
+    return F.log_softmax(logits, dim=-1, dtype=dtype)
+
+
+def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with labels [tokens]; its gradient is prediction - answer."""
+    log_q, answers = log_softmax(logits), labels[:, None]
+    loss = -log_q.gather(-1, answers).sum()
+    gradient = log_q.exp_()
+    return loss, gradient.scatter_add_(-1, answers, gradient.new_full(answers.shape, -1.0))
+
+
+def kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`common.methods.distillation.kd_loss`; its gradient is T · (student - teacher)."""
+    log_q, log_p = log_softmax(logits, temperature), log_softmax(teacher_logits, temperature)
+    loss = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return loss, log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
+
+
+def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`common.methods.distillation.top_k_kd_loss`; its gradient is T · (student - teacher) of the stored tokens.
+
+    Every other token gets its share of the same difference of the tails: q_j / q_tail.
+    """
+    log_q = log_softmax(logits, temperature)
+    top = log_q.gather(-1, ids)
+    others = log_q.exp_().scatter_(-1, ids, 0.0)
+    tail = others.sum(-1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny)  # not 1 - Σ, which underflows
+    log_outcomes = torch.cat((top, tail.log()), dim=-1)
+    loss = temperature**2 * F.kl_div(log_outcomes, log_probs.to(log_q.dtype), log_target=True, reduction="sum")
+    difference = temperature * (log_outcomes.exp() - log_probs.to(log_q.dtype).exp())
+    gradient = others.mul_(difference[:, -1:] / tail)
+    return loss, gradient.scatter_(-1, ids, difference[:, :-1])
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, loss_and_gradient, *per_token):
+        total, to_hidden = 0.0, torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        chunks = zip(hidden.split(CHUNK), to_hidden.split(CHUNK), *(t.split(CHUNK) for t in per_token), strict=True)
+        for inputs, to_inputs, *slices in chunks:
+            loss, gradient = loss_and_gradient(inputs @ weight.T, *slices)
+            gradient = gradient.to(weight.dtype)
+            torch.mm(gradient, weight, out=to_inputs)
+            to_weight += gradient.T @ inputs
+            total = total + loss
+        ctx.save_for_backward(to_hidden, to_weight)
+        ctx.others = len(per_token) + 1
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden.to(scale.dtype) * scale, to_weight * scale, *[None] * ctx.others  # autograd rounds them
+
+
+def head_loss(hidden: Tensor, weight: Tensor, loss_and_gradient: LossAndGradient, *per_token: Tensor) -> Tensor:
+    """Sum of `loss_and_gradient(hidden @ weight.T, *per_token)` over tokens, CHUNK of them at a time.
+
+    hidden [tokens, hidden], weight [vocabulary, hidden], both of the type to compute in; per_token: a row per token.
+    """
+    return _HeadLoss.apply(hidden, weight, loss_and_gradient, *per_token)

@@ -1,0 +1,241 @@
+"""Weight-only quantization: round-to-nearest (RTN) and GPTQ on one shared integer grid.
+
+A weight matrix [out_features, in_features] is cut into groups of `group_size` consecutive inputs; each group of
+each row has its own scale and zero point, and a weight is stored as an integer code in [0, 2**bits - 1]:
+
+    weight ≈ scale · (code - zero)
+
+Without `mse` RTN and GPTQ use the same grid and differ in one thing only: GPTQ lets the columns that are still to be
+quantized absorb the error of those that have been. (Frantar et al., 2023, arXiv:2210.17323.) With it, GPTQ also weighs
+the search for each range by the Hessian's diagonal.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from common.methods.blocks import Stage, by_statistic, iter_linears, walk
+from common.methods.compensation import Hessian, compensate, inverse_cholesky
+
+SHRINK_STEPS = torch.linspace(1.0, 0.5, 26).tolist()  # clipping candidates, as fractions of the full range
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How to quantize; names as in GPTQModel and transformers.GPTQConfig."""
+
+    bits: int = 4
+    group_size: int = 64  # inputs that share a scale and a zero point
+    sym: bool = False  # symmetric: the zero point is fixed in the middle of the grid
+    desc_act: bool = True  # act-order: columns with the largest activations first (groups stay where they are)
+    mse: bool = True  # search each group's clipping range; False keeps the extreme values
+    damp_percent: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+
+    def __post_init__(self):
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}.")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be a positive number of inputs, got {self.group_size}.")
+        if not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent must lie between 0 and 1, got {self.damp_percent}.")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def label(self, method: str) -> str:
+        """A short name for tables and folders, such as `gptq-w4-g64-asym-mse-act`."""
+        parts = [method, f"w{self.bits}", f"g{self.group_size}", "sym" if self.sym else "asym"]
+        parts += ["mse"] * self.mse + ["act"] * (self.desc_act and method == "gptq")
+        return "-".join(parts)
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    return (weight / scale + zero).round_().clamp_(0, max_code)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of every group: both [out_features, groups], float32 with integer zeros."""
+
+    scale: Tensor
+    zero: Tensor
+    max_code: int
+
+    def encode(self, weight: Tensor, group) -> Tensor:
+        """Nearest codes for `weight`; `group` selects the group of each of its columns."""
+        return _nearest(weight, self.scale[:, group], self.zero[:, group], self.max_code)
+
+    def decode(self, codes: Tensor, group) -> Tensor:
+        return (codes - self.zero[:, group]) * self.scale[:, group]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized matrix: codes uint8 [out, in], scale float16 [out, groups], zero uint8 [out, groups]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    config: QuantizeConfig
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on another device."""
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
+
+    def dequantize(self) -> Tensor:
+        """The float32 matrix [out, in] that the codes stand for."""
+        per_column = (self.scale.float(), self.zero.float())
+        scale, zero = (t.repeat_interleave(self.config.group_size, dim=1) for t in per_column)
+        return (self.codes.float() - zero) * scale
+
+
+def _groups(in_features: int, group_size: int) -> int:
+    if in_features % group_size:
+        raise ValueError(
+            f"group_size {group_size} does not divide the {in_features} inputs of a layer; "
+            f"choose a divisor such as {next(g for g in (128, 64, 32, 16, 8, 4, 2, 1) if in_features % g == 0)}."
+        )
+    return in_features // group_size
+
+
+def find_grid(weight: Tensor, config: QuantizeConfig, importance: Tensor | None = None) -> Grid:
+    """The integer grid of every group of `weight` [out, in].
+
+    With `config.mse` the range of each group is shrunk as long as that lowers its squared error, each input
+    weighted by `importance` [in] if given (the Hessian's diagonal: what the error costs at the output).
+    """
+    out_features, in_features = weight.shape
+    groups = _groups(in_features, config.group_size)
+    w = weight.float().view(out_features, groups, config.group_size)
+    max_code = 2**config.bits - 1
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    if config.sym:
+        scale = 2 * torch.maximum(-low, high) / max_code
+        zero = torch.full_like(scale, (max_code + 1) // 2)
+    else:
+        # The GPTQ v1 format stores zero - 1, so a zero point of 0 cannot be written: leave room for one code below.
+        low = torch.minimum(low, -high / (max_code - 1))
+        scale = (high - low) / max_code
+        zero = (-low / scale.clamp(min=1e-12)).round().clamp(1, max_code)
+    scale = scale.clamp(min=1e-7)  # a group of zeros; 1e-7 is a float16 number
+    if config.mse:
+        cost = torch.ones_like(w[:1]) if importance is None else importance.float().view(1, groups, -1)
+        scale = _clipped_scale(w, scale, zero, max_code, cost)
+    return Grid(scale.squeeze(-1).half().float(), zero.squeeze(-1), max_code)
+
+
+def _clipped_scale(w: Tensor, scale: Tensor, zero: Tensor, max_code: int, cost: Tensor) -> Tensor:
+    """The multiple of `scale` with the lowest weighted squared error, chosen for each group."""
+    best_error, best_scale = torch.full_like(scale, torch.inf), scale
+    for shrink in SHRINK_STEPS:
+        candidate = scale * shrink
+        error = (w / candidate).add_(zero).round_().clamp_(0, max_code).sub_(zero).mul_(candidate).sub_(w)
+        error = error.square_().mul_(cost).sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, candidate, best_scale)
+    return best_scale
+
+
+def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
+    return QuantizedWeight(codes.to(torch.uint8).contiguous(), grid.scale.half(), grid.zero.to(torch.uint8), config)
+
+
+def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Round every weight [out, in] to the nearest point of its group's grid. Needs no data."""
+    grid = find_grid(weight, config)
+    group = torch.arange(weight.shape[1], device=weight.device) // config.group_size
+    return _pack(grid.encode(weight.float(), group), grid, config)
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor | None = None) -> QuantizedWeight:
+    """Quantize `weight` [out, in] column by column, each column's error compensated by the columns after it.
+
+    hessian: [in, in], of the layer's inputs (`Hessian.matrix`). Rows do not influence each other, so layers that
+    read the same input may be stacked into one call.
+    keep: bool [out, in]; weights where it is False become exactly zero (a pruned model stays pruned).
+    """
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True) if config.desc_act else torch.arange(len(diagonal))
+    order = order.to(weight.device)
+    grid = find_grid(weight, config, importance=diagonal)
+    factor = inverse_cholesky(hessian[order][:, order], config.damp_percent)
+    group = order // config.group_size  # of each column, in that order
+    along = [grid.scale[:, group].T.contiguous(), grid.zero[:, group].T.contiguous()]
+    along += [] if keep is None else [keep[:, order].T.contiguous()]
+
+    columns = compensate(weight.float().T[order], factor, _rounding(grid.max_code), *along)
+    codes = grid.encode(columns.T, group)[:, torch.argsort(order)]
+    return _pack(codes, grid, config)
+
+
+@cache  # one function per grid size: a recording on the GPU belongs to a function
+def _rounding(max_code: int) -> Callable[..., Tensor]:
+    """What GPTQ replaces a column by [out]: the nearest points of its grid, and zero where `keep` is False."""
+
+    def nearest(column: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None = None) -> Tensor:
+        rounded = (_nearest(column, scale, zero, max_code) - zero) * scale
+        return rounded if keep is None else rounded * keep  # zero is a point of every grid: its code is the zero point
+
+    return nearest
+
+
+@torch.no_grad()
+def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
+    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
+    for _, linear in iter_linears(model):
+        _groups(linear.in_features, config.group_size)  # before the first layer is changed
+    quantized = {}
+    for name, linear in iter_linears(model):
+        quantized[name] = rtn(linear.weight, config)
+        linear.weight.copy_(quantized[name].dequantize())
+    return quantized
+
+
+def gptq_model(
+    model: nn.Module, windows: Tensor, config: QuantizeConfig, *, keep_zeros: bool = False, **walk_options
+) -> dict[str, QuantizedWeight]:
+    """GPTQ for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
+
+    windows: calibration tokens [nsamples, seqlen]. keep_zeros: weights that are zero stay zero, as a pruned model
+    wants; otherwise error compensation refills some of them. `walk_options` go to `common.methods.blocks.walk`.
+    """
+    for _, linear in iter_linears(model):
+        _groups(linear.in_features, config.group_size)  # before minutes of work, not after
+    names = {linear: name for name, linear in iter_linears(model)}
+    home = model.device  # results stay where the weights live, not where a block is worked on
+    quantized = {}
+
+    def change(stage: Stage, statistic: Hessian) -> None:
+        linears = {names[linear]: linear for linear in stage.linears.values()}
+        results = _gptq_linears(linears, statistic, config, keep_zeros)
+        quantized.update({name: result.to(home) for name, result in results.items()})
+
+    walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
+    return quantized
+
+
+@torch.no_grad()
+def gptq_once(
+    model: nn.Module, statistics: dict[str, Hessian], config: QuantizeConfig, *, keep_zeros: bool = False
+) -> dict[str, QuantizedWeight]:
+    """Like `gptq_model`, with Hessians collected beforehand (`blocks.collect`) and no calibration pass."""
+    quantized = {}
+    for linears in by_statistic(model, statistics):
+        quantized |= _gptq_linears(linears, statistics[next(iter(linears))], config, keep_zeros)
+    return quantized
+
+
+def _gptq_linears(linears: dict[str, nn.Linear], statistic: Hessian, config, keep_zeros) -> dict[str, QuantizedWeight]:
+    """GPTQ for layers that read the same input, in place and in one column loop; returns their quantized weights."""
+    stacked = torch.cat([linear.weight for linear in linears.values()])
+    result = gptq(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
+    quantized, start = {}, 0
+    for name, linear in linears.items():
+        rows = slice(start, start := start + linear.out_features)
+        quantized[name] = QuantizedWeight(result.codes[rows], result.scale[rows], result.zero[rows], config)
+        linear.weight.copy_(quantized[name].dequantize())
+    return quantized

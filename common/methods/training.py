@@ -1,0 +1,255 @@
+"""Training a student with `transformers.Trainer`: data, loss, validation, checkpoints, and a guard against NaN."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from common.course import artifacts
+from common.measure.cuda_graph import graphed_body
+from common.measure.evaluation import Baseline, evaluate
+from common.methods.distillation import distillation_loss, last_relations, minilm_loss
+from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
+from common.methods.soft_labels import SoftLabels
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student learns from."""
+
+    alpha: float = 1.0  # weight of the hard labels; the teacher's soft labels get 1 - alpha
+    temperature: float = 1.0
+    minilm: float = 0.0  # weight of MiniLM's last-block relations, added to the rest
+
+
+class WindowDataset(Dataset):
+    """Token windows [n, seqlen] with, if given, their soft labels. An item is an index: `collate` reads whole batches.
+
+    shift: take the soft labels of the window `shift` places further on: a teacher that speaks of something else.
+    Raises ValueError when empty.
+    """
+
+    def __init__(self, windows: Tensor, soft_labels: SoftLabels | None = None, shift: int = 0):
+        if len(windows) == 0:
+            raise ValueError("There are no windows to train on: the dataset is empty.")
+        self.windows, self.soft_labels, self.shift = windows, soft_labels, shift
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        batch = {"input_ids": self.windows[indices]}
+        if self.soft_labels is not None:
+            others = [(index + self.shift) % len(self) for index in indices]
+            batch["top_ids"], batch["log_probs"] = self.soft_labels.batch(others)
+        return batch
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss is an `Objective`, from stored soft labels or from a teacher that computes along.
+
+    dtype: what matrix products are computed in; weights and optimizer stay in float32.
+    valid, against: validation windows, and the teacher's logits on them; each evaluation logs the student's
+    perplexity and its KL divergence from the teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        arguments: TrainingArguments,
+        data: WindowDataset,
+        objective: Objective,
+        *,
+        dtype: torch.dtype = torch.float32,
+        teacher: nn.Module | None = None,
+        valid: Tensor | None = None,
+        against: Baseline | None = None,
+    ):
+        if objective.alpha < 1 and teacher is None and data.soft_labels is None:
+            raise ValueError("alpha < 1 learns from soft labels: give the dataset some, or the trainer a teacher.")
+        if data.soft_labels is not None and data.soft_labels.temperature != objective.temperature:
+            raise ValueError(
+                f"The soft labels were made at temperature {data.soft_labels.temperature}, training asks for "
+                f"{objective.temperature}: make them again (02-Prepare_Data) or train at their temperature."
+            )
+        datasets = {"train_dataset": data, "eval_dataset": valid}
+        super().__init__(student, arguments, data_collator=data.collate, callbacks=[Guard, Progress], **datasets)
+        self.remove_callback(PrinterCallback)
+        self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
+        self.against = against
+        self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch already
+        if objective.minilm and teacher is None:
+            raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
+
+    def autocast(self):
+        wanted = self.compute_dtype != torch.float32
+        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=wanted, cache_enabled=False)
+
+    def train(self, *args, **kwargs):
+        """Train, then let go of the CUDA graphs and the memory of all activations that they hold."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.bodies.clear()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        """Mean loss over the batch's tokens that have a predecessor."""
+        labels, soft = inputs["input_ids"][:, 1:].flatten(), ()
+        with self.autocast():
+            hidden, relations = self._forward(model, inputs["input_ids"])
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught, teacher_relations = self._forward(self.teacher, inputs["input_ids"])
+        if self.objective.alpha < 1 and "top_ids" in inputs:
+            soft = inputs["top_ids"].flatten(0, 1), inputs["log_probs"].flatten(0, 1)
+        elif self.objective.alpha < 1:
+            soft = (taught,)
+        weight = model.get_output_embeddings().weight
+        both = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
+        total = head_loss(*both, self._loss_and_gradient, labels, *soft) / len(labels)
+        if self.objective.minilm:
+            total = total + self.objective.minilm * minilm_loss(relations, teacher_relations)
+        return total
+
+    def _loss_and_gradient(self, logits: Tensor, labels: Tensor, *soft: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective's loss and gradient; soft: stored labels (ids, log_probs), or the teacher's hidden states."""
+        alpha, temperature = self.objective.alpha, self.objective.temperature
+        if not soft:
+            return cross_entropy_and_gradient(logits, labels)
+        if len(soft) == 2:
+            divergence, gradient = top_k_kd_and_gradient(logits, *soft, temperature)
+        else:
+            divergence, gradient = kd_and_gradient(logits, self.teacher.get_output_embeddings()(*soft), temperature)
+        if not alpha:
+            return divergence, gradient
+        hard, to_answer = cross_entropy_and_gradient(logits, labels)
+        return distillation_loss(hard, divergence, alpha), gradient.lerp_(to_answer, alpha)
+
+    def _forward(self, model, ids: Tensor) -> tuple[Tensor, tuple | None]:
+        """Last hidden states of every position that predicts a token [tokens, hidden], and MiniLM's relations."""
+        if self.objective.minilm:
+            out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+            hidden, relations = out.last_hidden_state, last_relations(model, out.hidden_states[-2])
+        else:
+            if model not in self.bodies:
+                self.bodies[model] = graphed_body(model, ids)
+            hidden, relations = self.bodies[model](ids), None
+        return hidden[:, :-1].flatten(0, 1), relations
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """Perplexity on the validation windows, and KL divergence from the teacher; logged like any evaluation."""
+        with self.autocast():
+            quality = evaluate(self.model, self.eval_dataset, against=self.against)
+        metrics = {"eval_perplexity": quality.perplexity}
+        if quality.kl is not None:
+            metrics["eval_kl"] = quality.kl
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Guard(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the weights, so that every checkpoint is good."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.stack(norms).isfinite().all():
+            last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+            kept = f"The last good checkpoint is {Path(last).name}" if last else "There is no checkpoint yet"
+            raise FloatingPointError(
+                f"The loss or its gradient is NaN or infinite at step {state.global_step + 1}. {kept}. "
+                "Lower the learning rate, then resume."
+            )
+
+
+class Progress(TrainerCallback):
+    """One progress bar with the latest loss and validation perplexity."""
+
+    def __init__(self):
+        self.bar, self.shown = tqdm(disable=True), {}
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=args.run_name, unit="step")
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.shown |= {name: f"{logs[name]:.3g}" for name in ("loss", "eval_perplexity") if name in logs}
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    name: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    evaluations: int,
+    on_cpu: bool,
+    checkpoints: int = 0,
+    weight_decay: float = 0.1,
+) -> TrainingArguments:
+    """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
+    made = TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        weight_decay=weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        seed=seed,
+        use_cpu=on_cpu,
+        eval_strategy="steps" if evaluations else "no",
+        eval_steps=max(1, steps // evaluations) if evaluations else None,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=max(1, steps // checkpoints) if checkpoints else 500,
+        save_total_limit=2,
+        logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    made._n_gpu = min(made.n_gpu, 1)  # else a second card makes Trainer wrap the model in DataParallel
+    return made
+
+
+def history(trainer: Trainer, key: str) -> dict[int, float]:
+    """step → value of what a trainer logged under `key`, such as "loss", "eval_perplexity" or "eval_kl"."""
+    return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+
+
+def save_student(
+    folder: Path, student: nn.Module, tokenizer, *, method: str, settings: dict, parent: str
+) -> artifacts.Artifact:
+    """Save a trained model with its tokenizer, in bfloat16: the precision that it will be used in."""
+
+    def write(path: Path) -> None:
+        copy.deepcopy(student).to("cpu", torch.bfloat16).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    size = 2 * sum(p.numel() for p in student.parameters())
+    return artifacts.save(folder, write, method=method, settings=settings, parent=parent, expected_bytes=size)

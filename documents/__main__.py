@@ -1,3 +1,0 @@
-from documents.check import main
-
-main()

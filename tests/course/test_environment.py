@@ -1,0 +1,81 @@
+"""What the first cells of every notebook print."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from common.course import environment
+from common.course.settings import load_settings
+
+
+def test_prepare_prints_every_value_with_its_meaning(capsys):
+    settings = environment.prepare("quantization", "", "cpu")
+    out = capsys.readouterr().out
+    for name, value in settings.values().items():
+        assert name in out
+        assert str(value) in out
+        assert settings.documentation[name] in out
+
+
+def test_prepare_lets_no_library_greet():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"CI": "1"}
+
+    def said(code: str) -> str:
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout + ran.stderr
+
+    prepared = said("from common.course.environment import prepare; prepare('quantization', 'cpu'); import gptqmodel")
+    assert prepared.startswith("profile cpu")
+    assert "LogBar" not in prepared
+    assert "LogBar" in said("import logbar"), "it does greet here: else the line above says nothing"
+
+
+def test_prepare_seeds(capsys):
+    environment.prepare("quantization", "", "cpu")
+    first = torch.rand(3)
+    environment.prepare("quantization", "", "cpu")
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_missing_package_gets_a_cross_and_advice(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
+    checks = environment.report(load_settings("quantization", "cpu"))
+    out = capsys.readouterr().out
+    assert "✅ torch" in out
+    assert "❌ no-such-package" in out
+    assert "make setup" in out
+    assert [check.name for check in checks if check.required and not check.good] == ["no-such-package"]
+
+
+def test_driver_without_cuda_build_is_a_warning_with_advice(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checks = environment.report(load_settings("quantization", "cpu"))
+    out = capsys.readouterr().out
+    assert "⚠️ GPU" in out
+    assert "install its CUDA build" in out
+    assert all(check.good for check in checks if check.required)
+
+
+def test_usage_counts_from_prepare(monkeypatch):
+    monkeypatch.setattr(environment, "_started", time.perf_counter() - 3600)  # the kernel is an hour old
+    environment.prepare("quantization", "", "cpu")
+    used = environment.usage()
+    assert 0 <= used.seconds < 10
+    assert used.memory_bytes > 50e6
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("15", 15 / 80), ("200", 1.0), ("", None)])
+def test_gpu_memory_cap(monkeypatch, limit, expected):
+    fractions = []
+    monkeypatch.setenv("COURSE_GPU_MEMORY", limit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = type("Card", (), {"total_memory": 80 * environment.GIB})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    environment.cap_gpu_memory()
+    assert fractions == ([] if expected is None else [pytest.approx(expected)])

@@ -1,0 +1,111 @@
+"""Servers end with the block that started them: however it is left, and with everything they started themselves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from serving_tools import alive, wait_until_gone
+
+from common.engines import processes
+from common.engines.processes import free_port, serve
+
+# A server with a child of its own, as vLLM has; both write their process ids.
+SERVER = """
+import http.server, os, subprocess, sys, threading
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("pids", os.getpid(), child.pid, flush=True)
+{extra}
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(command, health url, log) of a small server; `extra` is code it runs first."""
+
+    def make(extra: str = "") -> dict:
+        port = free_port()
+        command = [sys.executable, "-c", SERVER.format(port=port, extra=extra)]
+        return {"command": command, "health": f"http://127.0.0.1:{port}/health", "log": tmp_path / "server.log"}
+
+    return make
+
+
+def pids(log: Path) -> list[int]:
+    return [int(word) for word in log.read_text().split("pids ")[1].splitlines()[0].split()]
+
+
+def test_answers_inside_the_block_and_is_gone_after_it(server):
+    options = server()
+    with serve(**options):
+        assert urllib.request.urlopen(options["health"]).read() == b"ok"
+        running = pids(options["log"])
+        assert all(map(alive, running))
+    wait_until_gone(running)
+
+
+def test_is_stopped_when_the_block_fails(server):
+    options = server()
+    with pytest.raises(ZeroDivisionError), serve(**options):
+        running = pids(options["log"])
+        raise ZeroDivisionError
+    wait_until_gone(running)
+
+
+def test_a_server_that_ignores_sigterm_is_killed(server, monkeypatch):
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.5)
+    options = server(STUBBORN)
+    process = subprocess.Popen(options["command"], stdout=options["log"].open("wb"), start_new_session=True)
+    while "pids" not in options["log"].read_text():
+        time.sleep(0.05)
+    time.sleep(0.2)  # until SIGTERM is ignored
+    processes._stop(process)
+    assert process.returncode == -signal.SIGKILL
+    wait_until_gone(pids(options["log"]))
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_is_stopped_when_the_notebook_is_killed(server, death):
+    """The kernel gets no chance to clean up."""
+    options = server()
+    notebook = f"""
+import pathlib, time
+from common.engines.processes import serve
+with serve({options["command"]!r}, health={options["health"]!r}, log=pathlib.Path({str(options["log"])!r})):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+    kernel = subprocess.Popen([sys.executable, "-c", notebook], stdout=subprocess.PIPE, text=True)
+    assert kernel.stdout.readline() == "up\n"
+    running = pids(options["log"])
+    os.kill(kernel.pid, death)
+    kernel.wait()
+    wait_until_gone(running)
+
+
+def test_a_server_that_ends_early_shows_its_log(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+    with (
+        pytest.raises(RuntimeError, match=r"status 1.*\n.*no such model"),
+        serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log"),
+    ):
+        raise AssertionError("the block must not run")
+
+
+def test_a_server_that_never_answers_times_out_and_is_stopped(tmp_path):
+    command = [sys.executable, "-c", "import os, time; print('pids', os.getpid(), flush=True); time.sleep(600)"]
+    with (
+        pytest.raises(TimeoutError, match="did not answer within 1 s"),
+        serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log", timeout=1),
+    ):
+        raise AssertionError("the block must not run")
+    wait_until_gone(pids(tmp_path / "log"))

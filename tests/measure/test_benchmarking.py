@@ -1,0 +1,74 @@
+"""Timing and memory: that the thing timed is the thing meant, and that the figures are arithmetic."""
+
+import time
+
+import pytest
+import torch
+
+from common.measure import benchmarking
+from common.measure.benchmarking import Decoder, Latency, measure_latency, peak_memory, prefill
+
+CPU = torch.device("cpu")
+
+
+def test_decoder_computes_the_models_next_token(llama):
+    llama = llama.double()  # the cache changes the order of sums: in float32 that shows in the fifth digit
+    torch.manual_seed(3)
+    decoder = Decoder(llama, batch=2, context=12)
+    torch.manual_seed(3)
+    prompt = torch.randint(0, llama.config.vocab_size, (2, 12))
+    with torch.no_grad():  # the step appends the prompt's last token once more
+        expected = llama(input_ids=torch.cat([prompt, prompt[:, -1:]], dim=1)).logits[:, -1]
+    torch.testing.assert_close(decoder(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_step_does_the_same_work(llama):
+    decoder = Decoder(llama, batch=1, context=12)
+    first = decoder().clone()
+    for _ in range(5):
+        assert torch.equal(decoder(), first)
+
+
+def test_prefill_reads_the_whole_prompt(llama):
+    seen = []
+    llama.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    prefill(llama, batch=3, context=7)()
+    assert seen == [(3, 7)]
+
+
+def test_percentiles_interpolate():
+    latency = Latency([4.0, 1.0, 2.0, 3.0])  # in any order
+    assert latency.percentile(0) == 1
+    assert latency.percentile(50) == pytest.approx(2.5)  # between the second and the third
+    assert latency.percentile(99) == pytest.approx(3.97)
+    assert latency.mean == pytest.approx(2.5)
+
+
+def test_latency_counts_runs_and_leaves_warm_up_out():
+    calls = []
+
+    def run():
+        calls.append(1)
+        time.sleep(0.2 if len(calls) <= 2 else 0.005)
+
+    latency = measure_latency(run, runs=4, device=CPU, warmup=2)
+    assert len(calls) == 6
+    assert len(latency.seconds) == 4
+    assert max(latency.seconds) < 0.15
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    with peak_memory(CPU) as peak:
+        block = torch.ones(100_000_000)  # 400 MB
+        time.sleep(0.1)
+        del block
+    assert 350e6 < peak.bytes < 700e6
+
+
+@pytest.mark.parametrize("replayed", [0.0, 0.8, float("nan")])
+def test_a_recording_that_lacks_the_models_work_is_refused(llama, monkeypatch, replayed):
+    """What a graph replays whose kernels ran elsewhere: nothing, a part, or memory that nobody wrote."""
+    Decoder(llama, batch=1, context=12)  # what is replayed whole is not
+    monkeypatch.setattr(benchmarking, "graphed", lambda step, device: lambda: replayed * step())
+    with pytest.raises(RuntimeError, match="the CUDA graph lacks it"):
+        Decoder(llama, batch=1, context=12)

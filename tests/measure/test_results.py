@@ -1,0 +1,266 @@
+"""Records, tables and provenance."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from common.course.environment import Usage
+from common.course.settings import load_settings
+from common.measure import results
+from common.measure.evaluation import Quality
+from tools import provenance, tables
+
+SPEC = {
+    "title": "品質",
+    "lab": "quantization",
+    "notebook": "03-Inference",
+    "head": "模型",
+    "columns": {"perplexity": {"title": "困惑度", "format": "{:.2f} ± {spread:.2f}"}},
+    "rows": {"original": "原始", "gptq": "GPTQ"},
+}
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path))
+    return results.Recorder(load_settings("quantization", "cpu").replace(notebook="03-Inference"))
+
+
+def perplexity(recorder, artifact, value, **protocol):
+    recorder.record(
+        "perplexity", value, "ppl", artifact=artifact, protocol={"windows": 48} | protocol, n=48, spread=0.5
+    )
+
+
+def test_protocol_hash_ignores_order_and_sees_values():
+    assert results.protocol_hash({"a": 1, "b": 2}) == results.protocol_hash({"b": 2, "a": 1})
+    assert results.protocol_hash({"a": 1}) != results.protocol_hash({"a": 2})
+
+
+def test_measuring_again_replaces(recorder):
+    perplexity(recorder, "gptq", 15.0)
+    perplexity(recorder, "gptq", 14.0)
+    assert [r["value"] for r in results.read(recorder.file)] == [14.0]
+
+
+def test_table_shows_values_with_spread_and_device(recorder):
+    perplexity(recorder, "original", 12.66)
+    perplexity(recorder, "gptq", 14.14)
+    table = tables.render_table(SPEC, results.read(recorder.file))
+    assert f"困惑度（{recorder.device}）" in table
+    assert "| 原始 | 12.66 ± 0.50 |" in table
+    assert "| GPTQ | 14.14 ± 0.50 |" in table
+
+
+def test_table_refuses_to_mix_protocols(recorder):
+    perplexity(recorder, "original", 12.66)
+    perplexity(recorder, "gptq", 14.14, windows=8)
+    with pytest.raises(ValueError, match="mixes protocols"):
+        tables.render_table(SPEC, results.read(recorder.file))
+
+
+def test_promote_replaces_a_notebooks_old_figures(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
+    perplexity(recorder, "gptq", 14.0)
+    tables.promote("03-Inference", recorder.file)
+    recorder.file.unlink()
+    perplexity(recorder, "original", 12.0)
+    tables.promote("03-Inference", recorder.file)
+    assert [(r["artifact"], r["value"]) for r in tables.committed()] == [("original", 12.0)]
+    with pytest.raises(ValueError, match="no record of notebook 01-Setup"):
+        tables.promote("01-Setup", recorder.file)
+
+
+def test_render_fills_regions_and_check_writes_nothing(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
+    specs = tmp_path / "tables.toml"
+    specs.write_text(
+        '[quality]\ntitle="t"\nlab="quantization"\nhead="h"\n[quality.columns.perplexity]\ntitle="p"\n'
+        'format="{:.1f}"\n[quality.rows]\ngptq="GPTQ"\n',
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(tables, "TABLES", specs)
+    perplexity(recorder, "gptq", 14.0)
+    tables.promote("03-Inference", recorder.file)
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- results:quality -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
+    before = document.read_text(encoding="utf-8")
+    assert tables.render([document], check=True) == [document]
+    assert document.read_text(encoding="utf-8") == before
+    tables.render([document])
+    text = document.read_text(encoding="utf-8")
+    assert "| GPTQ | 14.0 |" in text
+    assert "old" not in text
+    assert text.endswith("after\n")
+    assert tables.render([document]) == []
+
+
+def notebook(*sources):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+
+
+def test_provenance_notices_a_changed_cell_but_not_a_changed_output():
+    book = notebook("from common.course.text import load_corpus\nx = 1")
+    assert provenance.stale(book) == "it has no recorded run"
+    provenance.stamp(book, "quantization", "cpu", "CPU 2 cores", "2026-11-23")
+    assert provenance.stale(book) == ""
+    book.cells[0].outputs = [nbformat.v4.new_output("stream", text="1")]
+    assert provenance.stale(book) == ""
+    book.cells[0].source += "\nx = 2"
+    assert "cells" in provenance.stale(book)
+
+
+def test_provenance_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text('"""Doc."""\nfrom common.b import f\n\n\ndef g():\n    """Doc."""\n    return f()\n')
+    (tmp_path / "b.py").write_text("def f():\n    return 1\n")
+    (tmp_path / "c.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    book = notebook("from common.a import g")
+    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
+    (tmp_path / "c.py").write_text("x = 2\n")  # not imported
+    (tmp_path / "a.py").write_text("from common.b import f\n\n\ndef g():\n    # why\n    return f()\n")
+    assert provenance.stale(book) == ""
+    (tmp_path / "b.py").write_text("def f():\n    return 2\n")
+    assert "common" in provenance.stale(book)
+
+
+def test_a_run_begins_without_its_own_old_figures_and_keeps_those_of_others(recorder):
+    perplexity(recorder, "gptq", 14.0)
+    settings = load_settings("quantization", "cpu")
+    for other in (
+        results.Recorder(settings.replace(notebook="02-Quantize")),
+        results.Recorder(settings.replace(model="a/b", notebook="03-Inference")),
+    ):
+        perplexity(other, "gptq", 13.0)
+    results.Recorder(settings.replace(notebook="03-Inference"))
+    left = [(r["notebook"], r["model"]) for r in results.read(recorder.file)]
+    assert left == [("02-Quantize", "embedded"), ("03-Inference", "a/b")]
+
+
+@pytest.mark.parametrize("change", [{"model": "a/b"}, {"profile": "gpu"}, {"device": "another"}, {"protocol": {}}])
+def test_figures_of_another_model_profile_device_or_protocol_do_not_replace(recorder, change):
+    perplexity(recorder, "gptq", 14.0)
+    (record,) = results.read(recorder.file)
+    results.merge([record | change | {"value": 15.0}], recorder.file)
+    assert sorted(r["value"] for r in results.read(recorder.file)) == [14.0, 15.0]
+
+
+def test_quality_is_stored_with_the_windows_it_was_measured_on(recorder):
+    """KL and top-1 see fewer windows than the perplexity, and say so."""
+    few = recorder.settings.kl_windows
+    recorder.quality(Quality(14.0, 0.5, kl=0.1, top1=0.9), artifact="gptq", windows=few + 8)
+    stored = {r["key"]: r for r in results.read(recorder.file)}
+    assert {key: (r["value"], r["spread"], r["n"]) for key, r in stored.items()} == {
+        "perplexity": (14.0, 0.5, few + 8),
+        "kl": (0.1, None, few),
+        "top1": (0.9, None, few),
+    }
+    assert {key: r["protocol"]["windows"] for key, r in stored.items()} == {
+        "perplexity": few + 8,
+        "kl": few,
+        "top1": few,
+    }
+    assert [r["protocol"].get("against") for r in stored.values()].count("original") == 2
+    recorder.quality(Quality(12.0, 0.5), artifact="original", windows=1)
+    assert [r["key"] for r in results.read(recorder.file) if r["artifact"] == "original"] == ["perplexity"]
+
+
+def test_an_interrupted_write_loses_no_figure(recorder, monkeypatch):
+    perplexity(recorder, "gptq", 14.0)
+    write = Path.write_text
+
+    def half(path, text, **options):
+        write(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(recorder, "original", 12.0)
+    assert [r["value"] for r in results.read(recorder.file)] == [14.0]
+
+
+@pytest.mark.parametrize("change", [{"model": "a/b"}, {"profile": "gpu"}])
+def test_table_refuses_to_mix_models_and_profiles(recorder, change):
+    perplexity(recorder, "original", 12.66)
+    (record,) = results.read(recorder.file)
+    with pytest.raises(ValueError, match="mixes protocols"):
+        tables.render_table(SPEC, [record, record | {"artifact": "gptq"} | change])
+
+
+def test_table_has_a_column_per_device_ratios_to_its_first_row_and_dashes(recorder):
+    perplexity(recorder, "original", 10.0)
+    perplexity(recorder, "gptq", 15.0)
+    mine = results.read(recorder.file)
+    stranger = mine[0] | {"notebook": "01-Setup", "artifact": "original", "value": 99.0}
+    other = [r | {"device": "another", "value": 20.0, "date": "2020-01-01"} for r in mine if r["artifact"] == "gptq"]
+    spec = SPEC | {"columns": {"perplexity": {"title": "困惑度", "format": "{:.0f}（{ratio:.1f}×）"}}}
+    spec["rows"] = spec["rows"] | {"rtn": "RTN"}
+    table = tables.render_table(spec, [*mine, *other, stranger])
+    assert table.splitlines()[0].startswith(f"| 模型 | 困惑度（{recorder.device}） | 困惑度（another） |")
+    assert "| 原始 | 10（1.0×） | — |" in table
+    assert "| GPTQ | 15（1.5×） | 20（1.0×） |" in table
+    assert "RTN" not in table  # measured nowhere
+    assert f"2020-01-01 至 {mine[0]['date']} 執行" in table
+
+
+def test_promote_leaves_other_notebooks_and_profiles_alone(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
+    perplexity(recorder, "gptq", 14.0)
+    (record,) = results.read(recorder.file)
+    results.merge([record | {"notebook": "01-Setup"}], recorder.file)
+    for name in ("03-Inference", "01-Setup"):
+        tables.promote(name, recorder.file)
+    results.write([record | {"profile": "gpu", "value": 13.0}], recorder.file)
+    tables.promote("03-Inference", recorder.file)
+    found = [(r["notebook"], r["profile"], r["value"]) for r in tables.committed()]
+    assert sorted(found) == [("01-Setup", "cpu", 14.0), ("03-Inference", "cpu", 14.0), ("03-Inference", "gpu", 13.0)]
+
+
+@pytest.mark.parametrize(("check", "status"), [(True, 1), (False, 0)])
+def test_the_command_fails_where_a_document_is_out_of_date(monkeypatch, capsys, check, status):
+    monkeypatch.setattr("sys.argv", ["tables", "render", *["--check"] * check])
+    for changed, expected in (([tables.ROOT / "README.md"], status), ([], 0)):
+        monkeypatch.setattr(tables, "render", lambda documents, check, changed=changed: changed)
+        with pytest.raises(SystemExit) as stopped:
+            tables.main()
+        assert stopped.value.code == expected
+    assert "README.md" in capsys.readouterr().out
+
+
+def test_provenance_notices_a_changed_number_that_the_notebook_uses(monkeypatch):
+    book = notebook("print(settings.nsamples)")
+    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
+    values = provenance.profile_values("quantization", "cpu")
+    for name, message in (("nsamples", "numbers"), ("seed", "numbers"), ("sweep_steps", "")):
+        monkeypatch.setattr(provenance, "profile_values", lambda *_, name=name: values | {name: -1})
+        assert message in provenance.stale(book) and bool(provenance.stale(book)) == bool(message)
+
+
+def test_provenance_sees_modules_and_packages_that_are_imported_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "part.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    for code, file in (("from common import a", "a.py"), ("from common.b import x", "b/part.py")):
+        book = notebook(code)
+        provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
+        assert provenance.stale(book) == ""
+        (tmp_path / file).write_text("x = 2\n")
+        assert "common" in provenance.stale(book)
+
+
+def test_provenance_is_that_of_the_code_not_of_its_parameters_or_text():
+    book = notebook('PROFILE = "cpu"', "x = 1")
+    book.cells[0].metadata["tags"] = ["parameters"]
+    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
+    book.cells[0].source = 'PROFILE = "gpu"'
+    book.cells.append(nbformat.v4.new_markdown_cell("text"))
+    assert provenance.stale(book) == ""
+
+
+def test_finish_notes_time_and_memory_in_their_units(recorder, monkeypatch):
+    monkeypatch.setattr(results, "usage", lambda: Usage(seconds=12.0, memory_bytes=3 * 2**30, gpu_bytes=0))
+    recorder.finish()
+    found = {r["key"]: (r["value"], r["unit"]) for r in results.read(recorder.file)}
+    assert found == {"notebook-seconds": (12.0, "s"), "notebook-memory": (3.0, "GiB")}

@@ -1,0 +1,92 @@
+"""Structured pruning: what is left is the same function with parts missing, as a smaller dense model."""
+
+import pytest
+import torch
+from test_blocks import tiny
+
+from common.methods.blocks import collect
+from common.methods.pruning import InputNorms
+from common.methods.structured import block_influence, drop_blocks, narrow_ffn
+
+
+def test_block_influence_is_one_minus_cosine(llama, windows):
+    with torch.no_grad():
+        states = llama(windows, output_hidden_states=True).hidden_states
+        last = []
+        handle = llama.model.layers[-1].register_forward_hook(lambda *a: last.append(a[2]))
+        llama(windows)
+        handle.remove()
+    final = last[0][0] if isinstance(last[0], tuple) else last[0]
+    states = [*states[:-1], final]  # the last hidden state is returned normalized
+    for index, influence in enumerate(block_influence(llama, windows)):
+        before, after = states[index].double(), states[index + 1].double()
+        cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
+        assert influence == pytest.approx((1 - cosine).mean().item(), rel=1e-4)
+
+
+def test_a_block_that_does_nothing_has_no_influence_and_dropping_it_changes_nothing(llama, windows):
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.o_proj.weight.zero_()
+        llama.model.layers[1].mlp.down_proj.weight.zero_()
+        influence = block_influence(llama, windows)
+        assert influence[1] == pytest.approx(0, abs=1e-6)
+        assert min(influence[0], influence[2]) > 0.01
+        shorter = drop_blocks(llama, [1])
+        torch.testing.assert_close(shorter(windows).logits, llama(windows).logits)
+    assert shorter.config.num_hidden_layers == 2 and llama.config.num_hidden_layers == 3
+
+
+def test_a_shorter_model_generates_with_its_cache_and_survives_saving(llama, windows, tmp_path):
+    shorter = drop_blocks(llama, [0])
+    text = shorter.generate(windows[:1], max_new_tokens=6, do_sample=False)
+    uncached = shorter.generate(windows[:1], max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(text, uncached)  # wrong layer_idx would mix up the caches
+    shorter.save_pretrained(tmp_path)
+    reloaded = type(llama).from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(windows).logits, shorter(windows).logits)
+
+
+def test_a_narrow_ffn_equals_the_wide_one_with_those_units_silenced(llama, windows, tmp_path):
+    statistics = collect(llama, windows, InputNorms)
+    narrow = narrow_ffn(llama, 96, statistics)
+    assert {block.mlp.down_proj.in_features for block in narrow.model.layers} == {96}
+    with torch.no_grad():
+        for name, statistic in statistics.items():
+            if name.endswith("down_proj"):
+                down = llama.get_submodule(name)
+                score = down.weight.norm(dim=0) * statistic.norms
+                down.weight[:, score.argsort()[:32]] = 0
+        torch.testing.assert_close(narrow(windows).logits, llama(windows).logits)
+        narrow.save_pretrained(tmp_path)
+        torch.testing.assert_close(type(llama).from_pretrained(tmp_path)(windows).logits, narrow(windows).logits)
+
+
+def test_full_width_changes_nothing(llama, windows):
+    same = narrow_ffn(llama, 128, collect(llama, windows, InputNorms))
+    assert torch.equal(same(windows).logits, llama(windows).logits)
+
+
+@pytest.mark.parametrize("dropped", [[3], [-1], [0, 1, 2]])
+def test_impossible_blocks_are_refused(llama, dropped):
+    with pytest.raises(ValueError, match="Cannot drop blocks"):
+        drop_blocks(llama, dropped)
+
+
+@pytest.mark.parametrize("width", [0, 129])
+def test_impossible_widths_are_refused(llama, windows, width):
+    with pytest.raises(ValueError, match="present 128 hidden units"):
+        narrow_ffn(llama, width, collect(llama, windows, InputNorms))
+
+
+def test_blocks_that_stay_keep_their_kind_of_attention(windows):
+    """Qwen2 with a sliding window in its last blocks: dropping the first leaves two that slide."""
+    model = tiny("qwen2, sliding window in some blocks")
+    shorter = drop_blocks(model, [0])
+    assert shorter.config.layer_types == ["sliding_attention", "sliding_attention"]
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(windows)
+        handle = model.model.layers[0].register_forward_hook(lambda *_: hidden)  # a block that does nothing
+        expected = model(windows).logits
+        handle.remove()
+        torch.testing.assert_close(shorter(windows).logits, expected)
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]

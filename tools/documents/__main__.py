@@ -1,0 +1,3 @@
+from tools.documents.check import main
+
+main()

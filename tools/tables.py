@@ -1,0 +1,125 @@
+"""Committed figures: kept per device in `results/`, rendered into the tables of the documents.
+
+A table shows only records of one protocol per column; it refuses to mix them.
+
+    python -m tools.tables render [--check]     fill the <!-- results:TABLE --> regions of all documents
+"""
+
+import argparse
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from common.course.settings import ROOT, slug
+from common.measure.results import protocol_hash, read, write
+
+COMMITTED = ROOT / "results"
+TABLES = COMMITTED / "tables.toml"
+REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def promote(notebook: str, source: Path) -> None:
+    """Make a run's records of one notebook the committed ones, in place of all it had on that device and profile."""
+    fresh = [record for record in read(source) if record["notebook"] == notebook]
+    if not fresh:
+        raise ValueError(f"{source.name} holds no record of notebook {notebook}.")
+    target = COMMITTED / slug(fresh[0]["device"]) / source.name
+    kept = [r for r in read(target) if (r["notebook"], r["profile"]) != (notebook, fresh[0]["profile"])]
+    write(kept + fresh, target)
+
+
+def committed() -> list[dict]:
+    """All committed records."""
+    return [record for file in sorted(COMMITTED.glob("*/*.json")) for record in read(file)]
+
+
+def _select(records: list[dict], spec: dict) -> list[dict]:
+    """The records that a table is about: its lab and notebook, its columns' keys, its rows' artifacts."""
+    return [
+        r
+        for r in records
+        if r["lab"] == spec["lab"]
+        and r["notebook"] == spec.get("notebook", r["notebook"])
+        and r["key"] in spec["columns"]
+        and r["artifact"] in spec["rows"]
+    ]
+
+
+def render_table(spec: dict, records: list[dict]) -> str:
+    """A Markdown table: a row per artifact, a column per key and device. Missing figures are shown as a dash.
+
+    A column's format may use the value, its {spread}, and its {ratio} to the table's first row.
+    Raises ValueError where two records with different protocols, or models, would stand in one column.
+    """
+    chosen = _select(records, spec)
+    if not chosen:
+        return "（尚無紀錄：執行 `make record` 後產生。）\n"
+    columns = [
+        (key, device) for key in spec["columns"] for device in sorted({r["device"] for r in chosen if r["key"] == key})
+    ]
+    cells = {}
+    for key, device in columns:
+        column = [r for r in chosen if r["key"] == key and r["device"] == device]
+        if len({(protocol_hash(r["protocol"]), r["model"], r["profile"]) for r in column}) > 1:
+            raise ValueError(f"Table {spec['title']!r}: column {key} on {device} mixes protocols.")
+        values = {r["artifact"]: r["value"] for r in column}
+        first = next((values[artifact] for artifact in spec["rows"] if artifact in values), None)
+        for r in column:
+            form, spread = spec["columns"][key]["format"], r["spread"] or 0.0
+            cells[r["artifact"], key, device] = form.format(r["value"], spread=spread, ratio=r["value"] / first)
+    head = [spec["head"], *(f"{spec['columns'][key]['title']}（{device}）" for key, device in columns)]
+    lines = [head, ["---"] + ["---:"] * len(columns)]
+    for artifact, label in spec["rows"].items():
+        row = [cells.get((artifact, key, device), "—") for key, device in columns]
+        if set(row) != {"—"}:
+            lines.append([label, *row])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n*{_caption(spec, chosen)}*\n"
+
+
+def _caption(spec: dict, chosen: list[dict]) -> str:
+    """Where the table's numbers come from, computed from its records."""
+    dates = sorted({r["date"] for r in chosen})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} 至 {dates[-1]}"
+    stated = dict.fromkeys("、".join(f"{k}={v}" for k, v in r["protocol"].items()) for r in chosen if r["protocol"])
+    protocol = f"協定：{'；'.join(stated)}。" if stated else ""
+    return f"{spec['title']}。{protocol}來源：`results/`，{span} 執行。"
+
+
+def render(documents: list[Path], check: bool = False) -> list[Path]:
+    """Fill every region of `documents`; returns those whose text changed (with `check`, without writing them)."""
+    tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
+    records, changed = committed(), []
+
+    def fill(match: re.Match) -> str:
+        return match[1] + render_table(tables[match[2]], records) + match[3]
+
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
+        rendered = REGION.sub(fill, text)
+        if rendered != text:
+            changed.append(document)
+            if not check:
+                document.write_text(rendered, encoding="utf-8")
+    return changed
+
+
+def documents() -> list[Path]:
+    """Every Markdown document of the course."""
+    return [*ROOT.glob("*.md"), *sorted((ROOT / "03-Model_Compression").rglob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render the results tables of the course's documents.")
+    parser.add_argument("command", choices=["render"])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a document is out of date")
+    arguments = parser.parse_args()
+    changed = render(documents(), check=arguments.check)
+    for document in changed:
+        print(document.relative_to(ROOT), "is out of date" if arguments.check else "rendered")
+    sys.exit(1 if arguments.check and changed else 0)
+
+
+if __name__ == "__main__":
+    main()

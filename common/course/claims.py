@@ -11,14 +11,14 @@ everywhere.
 import json
 from pathlib import Path
 
-VOUCHED = ("embedded", "embedded-as-shipped")
-_model = VOUCHED[0]  # of the notebook that is running; `about` sets it
+VOUCHED = ("embedded", "embedded-as-shipped", "layers")  # "layers": a student made of blocks of its teacher
+_models = VOUCHED[:1]  # of the notebook that is running; `about` sets them
 
 
-def about(model: str) -> None:
-    """Say which model the claims to come are about: a spec of `common.course.assets`. `prepare` calls it."""
-    global _model
-    _model = model
+def about(*models: str) -> None:
+    """Say which models the claims to come are about: specs of `common.course.assets`. `prepare` calls it."""
+    global _models
+    _models = models
 
 
 def is_stand_in(model: str) -> bool:
@@ -29,16 +29,20 @@ def is_stand_in(model: str) -> bool:
     return description.is_file() and json.loads(description.read_text(encoding="utf-8")).get("method") == "stand-in"
 
 
-def check(condition: bool, claim: str) -> None:
-    """Check a claim about quality or speed; raises AssertionError where it is false and the course vouches for it."""
-    if is_stand_in(_model):
+def check(condition: bool, claim: str, *, speed: bool = False) -> None:
+    """Check a claim about quality, or about `speed`, which random weights have as well.
+
+    Raises AssertionError where it is false and the course vouches for the model.
+    """
+    strangers = [model for model in _models if model not in VOUCHED]
+    if not speed and any(map(is_stand_in, _models)):
         print(f"➖ does not apply to random weights: {claim}")
     elif condition:
         print(f"✅ {claim}")
-    elif _model in VOUCHED:
-        raise AssertionError(f"This should hold and does not: {claim}")
+    elif strangers:
+        print(f"❌ not so with {' and '.join(strangers)}: {claim}. (The course claims it of its embedded model only.)")
     else:
-        print(f"❌ not so with {_model}: {claim}. (The course claims it of its embedded model only.)")
+        raise AssertionError(f"This should hold and does not: {claim}")
 
 
 def verify(condition: bool, what: str) -> None:

@@ -5,6 +5,7 @@ import html
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import os
 import platform
@@ -42,10 +43,13 @@ _started = time.perf_counter()
 _gpu_peak_before_reset = 0
 
 
-def prepare(lab: str, notebook: str, profile: str = "auto", model: str = "embedded") -> Settings:
+def prepare(
+    lab: str, notebook: str, profile: str = "auto", model: str = "embedded", student: str = "layers"
+) -> Settings:
     """First step of every notebook: settings, seeds, memory cap and quiet logs; shows the values that it uses, folded.
 
-    lab: as in `profiles.toml`; notebook: the file's name without .ipynb, such as "02-Quantize".
+    lab: as in `profiles.toml`; notebook: the file's name without .ipynb, such as "02-Quantize"; student: Lab 3.3's,
+    whose claims the course vouches for only where it is made of the teacher's layers.
     """
     global _started
     _started = time.perf_counter()
@@ -53,7 +57,7 @@ def prepare(lab: str, notebook: str, profile: str = "auto", model: str = "embedd
     settings = load_settings(lab, profile, model).replace(notebook=notebook)
     seed_everything(settings.seed)
     cap_gpu_memory()
-    claims.about(model)
+    claims.about(model, student)
     print(f"profile {settings.profile} · model {model} · {device_name(settings)} · {str(settings.dtype)[6:]}")
     _show_settings(settings)
     return settings
@@ -68,12 +72,14 @@ def _show_settings(settings: Settings) -> None:
 
 
 def _names_used(settings: Settings) -> set[str]:
-    """Names after `settings.` in the notebook's file; all of them where there is no such file."""
+    """Names after `settings.` in the code of the notebook's file; all of them where there is no such file."""
     folders = [f"Lab-*-{settings.lab.title()}", settings.lab.title()]
     files = [f for folder in folders for f in CHAPTER.glob(f"{folder}/{settings.notebook}.ipynb")]
     if not files:
         return set(settings.values())
-    return set(re.findall(r"\bsettings\.(\w+)", files[0].read_text(encoding="utf-8")))
+    cells = json.loads(files[0].read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return set(re.findall(r"\bsettings\.(\w+)", code))
 
 
 def _quiet() -> None:

@@ -71,6 +71,18 @@ class Recorder:
         for artifact, value in values.items():
             self.record(key, value, unit, artifact=artifact, spread=(spread or {}).get(artifact), **same)
 
+    def decoding(self, batch: int = 1) -> dict:
+        """Protocol of a decoding speed: so many sequences, each with `context_tokens` tokens in its KV cache."""
+        settings = self.settings
+        return {"context": settings.context_tokens, "batch": batch, "cuda graph": settings.device.type == "cuda"}
+
+    def latency(self, key: str, latency, *, artifact: str, percentiles: tuple[int, ...] = (50,)) -> None:
+        """Store percentiles of a `benchmarking.Latency` of one sequence, in milliseconds, as `tpot-p50` and so on."""
+        n, protocol = len(latency.seconds), self.decoding()
+        for q in percentiles:
+            milliseconds = latency.percentile(q) * 1e3
+            self.record(f"{key}-p{q}", milliseconds, "ms", artifact=artifact, protocol=protocol, n=n)
+
     def quality(self, quality, *, artifact: str, windows: int, headline: bool = False) -> None:
         """Store an `evaluation.Quality` under the lab's protocol for `windows` test windows."""
         settings = self.settings

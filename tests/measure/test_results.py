@@ -8,6 +8,7 @@ import pytest
 from common.course.environment import Usage
 from common.course.settings import load_settings
 from common.measure import results
+from common.measure.benchmarking import Latency
 from common.measure.evaluation import Quality
 from tools import provenance, tables
 
@@ -264,3 +265,18 @@ def test_finish_notes_time_and_memory_in_their_units(recorder, monkeypatch):
     recorder.finish()
     found = {r["key"]: (r["value"], r["unit"]) for r in results.read(recorder.file)}
     assert found == {"notebook-seconds": (12.0, "s"), "notebook-memory": (3.0, "GiB")}
+
+
+def test_rows_store_a_figure_per_artifact(recorder):
+    spread = {"gptq": 0.1}
+    recorder.rows("kl", {"gptq": 0.2, "rtn": 0.4}, "nats/token", spread=spread, protocol={"windows": 8}, n=8)
+    stored = {r["artifact"]: (r["value"], r["spread"], r["n"], r["protocol"]) for r in results.read(recorder.file)}
+    assert stored == {"gptq": (0.2, 0.1, 8, {"windows": 8}), "rtn": (0.4, None, 8, {"windows": 8})}
+
+
+def test_latency_is_stored_in_milliseconds_with_how_it_was_measured(recorder):
+    recorder.latency("tpot", Latency([0.001, 0.002, 0.009]), artifact="gptq", percentiles=(50, 100))
+    stored = {r["key"]: (r["value"], r["unit"], r["n"], r["protocol"]) for r in results.read(recorder.file)}
+    protocol = {"context": recorder.settings.context_tokens, "batch": 1, "cuda graph": False}
+    assert stored == {"tpot-p50": (2.0, "ms", 3, protocol), "tpot-p100": (9.0, "ms", 3, protocol)}
+    assert recorder.decoding(8) == protocol | {"batch": 8}

@@ -167,6 +167,14 @@ def report(settings: Settings) -> list[Check]:
     return checks
 
 
+def require(checks: list[Check]) -> None:
+    """Raise RuntimeError naming what `report` found missing without which the notebooks cannot run."""
+    failed = [check.name for check in checks if check.required and not check.good]
+    if failed:
+        raise RuntimeError(f"Fix these first: {', '.join(failed)} (advice above).")
+    print("✅ environment ready")
+
+
 def _gpu_checks(settings: Settings) -> list[Check]:
     if not torch.cuda.is_available():
         without = f"none; profile {settings.profile} computes on the CPU"

@@ -48,7 +48,8 @@ def test_missing_package_gets_a_cross_and_advice(monkeypatch, capsys):
     assert "✅ torch" in out
     assert "❌ no-such-package" in out
     assert "make setup" in out
-    assert [check.name for check in checks if check.required and not check.good] == ["no-such-package"]
+    with pytest.raises(RuntimeError, match=r"Fix these first: no-such-package \(advice above\)"):
+        environment.require(checks)
 
 
 def test_driver_without_cuda_build_is_a_warning_with_advice(monkeypatch, capsys):
@@ -58,7 +59,7 @@ def test_driver_without_cuda_build_is_a_warning_with_advice(monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "⚠️ GPU" in out
     assert "install its CUDA build" in out
-    assert all(check.good for check in checks if check.required)
+    environment.require(checks)
 
 
 def test_usage_counts_from_prepare(monkeypatch):

@@ -80,3 +80,14 @@ def test_gpu_memory_cap(monkeypatch, limit, expected):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     environment.cap_gpu_memory()
     assert fractions == ([] if expected is None else [pytest.approx(expected)])
+
+
+def test_the_first_cell_of_a_notebook_prints_nothing_to_stderr():
+    """torchao says which of its libraries it did not load, and PyTorch that torchao registers enumerations."""
+    said = {}
+    for course in ("", "import common.course\n"):
+        code = f"import torch\n{course}import torchao.quantization"
+        said[course] = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    noise = ("Failed to load", "Enum subclass")
+    assert not any(words in said["import common.course\n"] for words in noise)
+    assert any(words in said[""] for words in noise), "torchao is quiet by itself now: this can go"

@@ -64,7 +64,10 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
         shallow = copy.deepcopy(model)
     finally:
         setattr(owner, attribute, blocks)
-    shallow.config.get_text_config().num_hidden_layers = count
+    config = shallow.config.get_text_config()
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):  # one per block, else transformers refuses to load what it saved
+        config.layer_types = config.layer_types[:count]
     return shallow
 
 

@@ -18,6 +18,8 @@ from transformers import (
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -341,6 +343,16 @@ def test_first_blocks_are_a_model_that_ends_there(llama, windows):
     assert llama.config.num_hidden_layers == len(decoder_blocks(llama)) == 3
     decoder_blocks(study)[0].mlp.up_proj.weight.data.zero_()
     assert llama.model.layers[0].mlp.up_proj.weight.any()  # a copy
+
+
+def test_first_blocks_can_be_saved_where_the_config_lists_every_block(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
+    first_blocks(model, 2).save_pretrained(tmp_path)
+    again = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    assert len(again.config.layer_types) == len(decoder_blocks(again)) == 2
+    assert len(model.config.layer_types) == 3
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

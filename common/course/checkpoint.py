@@ -88,11 +88,11 @@ def tie_as_stored(model: nn.Module) -> nn.Module:
 
 
 def true_config(model: nn.Module):
-    """The configuration to save with `model`: its own, or a corrected copy (`tie_as_stored`)."""
-    if not (model.config.tie_word_embeddings and _separate_head(model)):
-        return model.config
+    """The configuration to save with `model`: a copy that names its class and knows of a head of its own."""
     config = copy.deepcopy(model.config)
-    _untie(config)
+    config.architectures = [type(model).__name__]  # what vLLM asks for; a model that was built has none
+    if config.tie_word_embeddings and _separate_head(model):
+        _untie(config)
     return config
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common.course.checkpoint import INDEX
 from common.engines import llamacpp, vllm_server
@@ -261,8 +261,14 @@ def test_packed_layers_without_settings(gptq):
 
 
 def test_no_tokenizer_and_no_weights(make_llama, tmp_path, dense):
+    """Also where transformers would make an empty tokenizer, as it does for Qwen3."""
     make_llama().save_pretrained(tmp_path / "bare")
     assert names(tmp_path / "bare") == ["no tokenizer"]
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    assert names(tmp_path / "qwen") == ["no tokenizer"]
     folder = dense()
     (folder / "model.safetensors").unlink()
     assert names(folder) == ["no weights"]

@@ -25,7 +25,7 @@ NEEDS = {
     "torchao": ("torchao",),
     "compressed-tensors": ("compressed_tensors",),
 }
-VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # vllm/v1/attention/backends/cpu_attn.py
+VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vllm/v1/attention/backends/cpu_attn.py
 VLLM_GROUPS = (-1, 32, 64, 128)  # vllm/.../quantization/utils/marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES
 # No engine can load a checkpoint with one of these.
 CORRUPT = ("missing shard", "truncated file", "no weights", "missing tensors", "lost tied head", "wrong shapes")
@@ -101,9 +101,7 @@ def _vllm_format(found: Checkpoint) -> Prediction:
     gpu = torch.cuda.is_available()
     width = _head_dim(found.config)
     if not gpu and width and width not in VLLM_CPU_HEADS:
-        why = (
-            f"heads of {width}, on a CPU it has {', '.join(map(str, VLLM_CPU_HEADS))} (attention/backends/cpu_attn.py)"
-        )
+        why = f"heads of {width}, on a CPU it has {', '.join(map(str, VLLM_CPU_HEADS))} (cpu_attn.py)"
         return Prediction(name, False, why)
     if kind == "dense":
         return Prediction(name, True, "dense")

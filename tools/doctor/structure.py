@@ -9,6 +9,7 @@ from common.course.checkpoint import some
 from tools.doctor.findings import Finding
 from tools.doctor.reading import Checkpoint
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 COMPUTED = (".inv_freq", ".masked_bias")  # buffers of old checkpoints that every reader computes anew
 
 
@@ -115,6 +116,8 @@ def tokenizer_ids(found: Checkpoint) -> int | None:
     """One more than the tokenizer's largest id; None where it cannot be loaded."""
     if found.kind == "gguf":
         return len(found.config.get("tokenizer.ggml.tokens", []))
+    if not any((found.path / name).exists() for name in TOKENIZERS):
+        return None  # for some families transformers would make an empty one
     try:
         return max(AutoTokenizer.from_pretrained(found.path).get_vocab().values()) + 1
     except Exception:  # tokenizers fail in as many ways as there are files

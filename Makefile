@@ -3,6 +3,7 @@
 # make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
 # make figures   set up, draw the figures of the theory documents again
 # make notebook  set up, open JupyterLab on the chapter
+# make doctor MODEL=...  set up, look at a checkpoint (folder, .gguf file or Hub id): what it is, what is wrong, what to do
 # make loadtest  set up, serve the embedded model and load it with more and more users (4 minutes)
 #
 # Lab 3.1, notebook 04 also uses two engines, which `make labs` sets up; alone:
@@ -27,7 +28,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record test lint docs-check figures notebook loadtest tables clean
+.PHONY: setup engines serve-env try-engines interop bench labs record test lint docs-check figures notebook loadtest doctor tables clean
 
 setup: .venv/.ready
 
@@ -119,6 +120,9 @@ notebook: setup
 
 loadtest: setup
 	$(BIN)/python -m common.serving.loadtest --model $(or $(MODEL),embedded)
+
+doctor: setup
+	$(BIN)/python -m tools.doctor $(or $(MODEL),embedded)
 
 tables: setup
 	$(BIN)/python -m tools.tables render

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -157,19 +156,7 @@ def optimum_gptq(task: Task, clock: Clock, config: QuantizeConfig) -> Compressed
         quantizer.quantize_model(task.model, task.tokenizer)
     quantizer.dataset = task.model.config.quantization_config["dataset"] = None  # else written into the configuration
     quantizer.save(task.model, str(task.out))
-    model = load_dequantized(task.out, task.dtype)
-    if not config.sym:
-        _read_as_v2(model, task.out)
-    return model.to(task.device), partial(weight_bytes, task.out)
-
-
-@torch.no_grad()
-def _read_as_v2(model: nn.Module, folder: Path) -> None:
-    """optimum saves asymmetric grids in format v2, whose zero points are not stored minus 1: put back that 1."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        for name, linear in iter_linears(model):
-            scales, group = (file.get_tensor(f"{name}.{key}") for key in ("scales", "g_idx"))
-            linear.weight += scales[group.long()].T.to(linear.weight.dtype)
+    return load_dequantized(task.out, task.dtype).to(task.device), partial(weight_bytes, task.out)
 
 
 def llmcompressor_gptq(task: Task, clock: Clock, config: QuantizeConfig) -> Compressed:

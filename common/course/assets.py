@@ -8,6 +8,7 @@ shape:llama-2-7b      random weights of a published shape: for speed and memory 
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from common.course import artifacts
+from common.course import artifacts, checkpoint
 from common.course.environment import require_memory
 from common.course.settings import work_folder
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a Hub repository: weights, settings, tokenizer
+HUB_COPIES = ["consolidated*", "adapter*", "*/*"]  # the same weights in other layouts
 SHAPES = {
     "llama-2-7b": LlamaConfig(
         hidden_size=4096,
@@ -87,6 +90,26 @@ def locate(spec: str) -> str:
     return spec
 
 
+def local_folder(spec: str) -> Path:
+    """The folder that holds the files of a spec; those of a Hub id are fetched into the cache where they are not.
+
+    For readers that want files, such as `export_gguf`. Raises what `locate` raises, ConnectionError where the weights
+    are not in the cache and cannot be fetched.
+    """
+    source = locate(spec)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"The files of {source} are not in the local cache and the Hub cannot be reached ({error})."
+        ) from error
+
+
 def _check_hub(repo: str) -> None:
     """One clear error for each way a Hub model can be out of reach, before anything large is fetched."""
     from huggingface_hub import hf_hub_download
@@ -128,12 +151,35 @@ def load_model(spec: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).parameters())
     require_memory(size * dtype.itemsize, f"Model {spec!r}", device)
+    return _load_whole(source, spec, dtype).to(device).eval()
+
+
+def _load_whole(source: str, spec: str, dtype: torch.dtype) -> nn.Module:
+    """The model in `source` on the CPU. ValueError unless its files hold every tensor that it needs."""
+    if Path(source).is_dir():
+        checkpoint.stored(Path(source))  # before anything large is read
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of model {spec!r} are damaged or incomplete ({error}). Fetch or make them again."
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"Tensors of model {spec!r} have other shapes than its config.json says. Was config.json changed, or taken "
+            f"from another model? `python -m tools.doctor {spec}` names them."
+        ) from error
+    unexpected = checkpoint.whole(model, info, f"Model {spec!r}")
+    if unexpected:
+        warnings.warn(
+            f"Model {spec!r} holds {len(unexpected)} tensors that {type(model).__name__} does not use: "
+            f"{checkpoint.some(unexpected)}. They are ignored.",
+            stacklevel=3,
+        )
+    return checkpoint.tie_as_stored(model)
 
 
 def _random_model(shape: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -14,20 +14,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.course import artifacts
-from common.formats.gptq import pack_rows, unpack_rows
-
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def pack_outputs(codes: Tensor) -> Tensor:
-    """Pack integers [n, out] in [0, 16) along the outputs into int32 [n, out / 8]; out must be a multiple of 32."""
-    reordered = codes.view(len(codes), -1, len(ORDER))[..., list(ORDER)].reshape(codes.shape)
-    return pack_rows(reordered.T, bits=4).T.contiguous()
+from common.course import artifacts, checkpoint
+from common.formats.packing import pack_outputs, unpack_outputs, unpack_rows
 
 
 def repack_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,18 +38,25 @@ def repack_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def unpack_linear(tensors: dict[str, Tensor]) -> Tensor:
+    """The float32 matrix [out, in] that a layer's three tensors in AWQ's format stand for."""
+    codes, zeros = unpack_outputs(tensors["qweight"]), unpack_outputs(tensors["qzeros"])
+    group = torch.arange(len(codes)) // (len(codes) // len(zeros))
+    return ((codes.float() - zeros.float()[group]) * tensors["scales"].float()[group]).T
+
+
 def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifact:
     """Save the GPTQ v1 checkpoint `source` in AWQ's format. Raises ValueError unless it has 4 bits."""
     if source.settings["bits"] != 4:
         raise ValueError(f"AWQ's format holds 4 bits, {source.name} has {source.settings['bits']}.")
     packed, tensors = {}, {}
-    with safe_open(source.folder / "model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
-            layer, key = name.rsplit(".", 1)
-            if key in ("qweight", "qzeros", "scales", "g_idx"):
-                packed.setdefault(layer, {})[key] = file.get_tensor(name)
-            else:
-                tensors[name] = file.get_tensor(name).to(torch.bfloat16)
+    found = checkpoint.stored(source.folder)
+    for name in found:
+        layer, _, key = name.rpartition(".")
+        if key in ("qweight", "qzeros", "scales", "g_idx"):
+            packed.setdefault(layer, {})[key] = checkpoint.read(found, name)
+        else:
+            tensors[name] = checkpoint.read(found, name).to(torch.bfloat16)
     for layer, parts in packed.items():
         tensors |= {f"{layer}.{key}": value for key, value in repack_linear(parts).items()}
 

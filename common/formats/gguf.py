@@ -1,47 +1,77 @@
-"""From a Llama-family Hugging Face folder to one GGUF file in float16: what llama.cpp runs and quantizes.
+"""From a Hugging Face folder to one GGUF file in float16: what llama.cpp runs and quantizes.
 
 A GGUF file holds everything: hyperparameters, tokenizer, chat template and tensors. The names and layouts follow
-llama.cpp's own `convert_hf_to_gguf.py`; the file is written by the official `gguf` package.
+llama.cpp's own `convert_hf_to_gguf.py`; the file is written by the official `gguf` package, one tensor at a time.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-LLAMA_3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"  # its regex begins so
+from common.course import checkpoint
+from common.course.assets import local_folder
+from common.formats.gguf_tokenizer import LLAMA_3_SPLIT, QWEN_2_SPLIT, UnknownFamily, add_tokenizer
+
+__all__ = ["LLAMA_3_SPLIT", "QWEN_2_SPLIT", "StoredTensor", "UnknownFamily", "export_gguf", "stored_tensors"]
+
+LLAMA, QWEN2, QWEN3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3
+# transformers' class → llama.cpp's graph that computes the same. Llama's turns neighbouring rows of q and k together,
+# Qwen's the halves of a head, as transformers does.
+ARCHITECTURES = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+}
+# Biases that a graph of llama.cpp does not have; it has those that it is given otherwise.
+NO_BIAS = {
+    LLAMA: (),
+    QWEN2: ("o_proj", "gate_proj", "up_proj", "down_proj"),
+    QWEN3: ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+# Rotary embeddings that a graph can be told of: those that do not depend on the length of the text.
+QWEN_ROPE = ("default", "linear", "yarn")
+ROPE = {LLAMA: ("default", "linear", "llama3"), QWEN2: QWEN_ROPE, QWEN3: QWEN_ROPE}
+YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+COMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints hold and every reader computes anew
 
 
-def export_gguf(source: Path, target: Path) -> Path:
-    """Write the model folder `source` (config, tokenizer, *.safetensors) as the GGUF file `target`.
+def export_gguf(source: Path | str, target: Path) -> Path:
+    """Write the model `source` (folder of config, tokenizer and *.safetensors, or Hub id) as the GGUF file `target`.
 
     Matrices become float16, vectors stay float32. The file is written aside and renamed when complete.
-    Raises ValueError where the folder is no dense Llama-family model that GGUF can hold unchanged.
+    Raises UnknownFamily where llama.cpp has no graph for it here, ValueError where the folder is no complete dense
+    model that GGUF can hold unchanged.
     """
     source, target = Path(source), Path(target)
+    if not source.is_dir():
+        source = local_folder(source.as_posix())
     config = AutoConfig.from_pretrained(source)
-    _check(config, source)
+    architecture = _check(config, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_suffix(".new")
-    writer = gguf.GGUFWriter(aside, "llama", use_temp_file=True)  # tensors wait on the disk, not in memory
-    _add_hyperparameters(writer, config)
-    _add_tokenizer(writer, source, config)
-    _add_tensors(writer, source, config)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer = gguf.GGUFWriter(aside, gguf.MODEL_ARCH_NAMES[architecture])
+    try:
+        _add_hyperparameters(writer, config)
+        add_tokenizer(writer, source, config)
+        _write(writer, _tensors(source, config, architecture), config, architecture)
+    except BaseException:
+        writer.close()
+        aside.unlink(missing_ok=True)
+        raise
     writer.close()
     return aside.replace(target)
 
 
-def _check(config, source: Path) -> None:
+def _check(config, source: Path) -> gguf.MODEL_ARCH:
+    """llama.cpp's graph for the model; errors where there is none or it would compute something else."""
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         raise ValueError(
@@ -50,18 +80,27 @@ def _check(config, source: Path) -> None:
         )
     architecture = (config.architectures or ["none"])[0]
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"export_gguf writes {' and '.join(ARCHITECTURES)}, not {architecture}. "
+        *others, last = ARCHITECTURES
+        raise UnknownFamily(
+            f"export_gguf writes {', '.join(others)} and {last}, not {architecture}. "
             "Use llama.cpp's convert_hf_to_gguf.py for other architectures."
         )
     if config.hidden_act != "silu":
-        raise ValueError(f"llama.cpp's Llama computes with silu, this model with {config.hidden_act}.")
-    if not any(source.glob("*.safetensors")):
-        raise ValueError(f"{source} has no .safetensors file. Save the model with save_pretrained first.")
+        raise UnknownFamily(f"llama.cpp's Llama and Qwen compute with silu, this model with {config.hidden_act}.")
+    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise UnknownFamily(f"export_gguf writes heads that turn whole, this model turns {partial:g} of each.")
+    kind, known = config.rope_parameters["rope_type"], ROPE[ARCHITECTURES[architecture]]
+    if kind not in known:
+        raise UnknownFamily(f"export_gguf writes {architecture} with the rope types {', '.join(known)}, not {kind}.")
+    special = sorted(name for name in set(config.rope_parameters) - YARN if config.rope_parameters[name] is not None)
+    if kind == "yarn" and special:
+        raise UnknownFamily(f"export_gguf writes yarn with its usual settings, this model sets {', '.join(special)}.")
+    return ARCHITECTURES[architecture]
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, config) -> None:
-    # llama.cpp's Llama has no sliding window; within one window, attention is the same with and without.
+    # These graphs have no sliding window; within one window, attention is the same with and without.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_vocab_size(config.vocab_size)
@@ -75,117 +114,89 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, config) -> None:
     writer.add_value_length(_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# --- tokenizer -----------------------------------------------------------------------------------------------------
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, config) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in definition["model"].get("merges", [])]
-    kind, splitting = _tokenizer_kind(definition)
-    names = {i: token for token, i in tokenizer.get_vocab().items()}
-    if max(names) >= config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has ids up to {max(names)}, the model {config.vocab_size} embeddings: they do not belong "
-            "together."
-        )
-    # Embeddings beyond the vocabulary (models pad it to a round number) need a name too.
-    tokens = [names.get(i, f"[PAD{i}]") for i in range(config.vocab_size)]
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(splitting)
-    writer.add_token_list(tokens)
-    writer.add_token_types([_token_type(tokenizer, kind, names, i) for i in range(config.vocab_size)])
-    if kind == "gpt2":
-        writer.add_token_merges([" ".join(pair) for pair in merges])
-    else:
-        # SentencePiece joins the pair with the highest score first: the earlier a merge, the higher its result.
-        ranks = {}
-        for rank, (left, right) in enumerate(merges):
-            ranks.setdefault(left + right, rank)
-        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
-        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
-    _add_special_tokens(writer, tokenizer, source)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _tokenizer_kind(definition: dict) -> tuple[str, str]:
-    """llama.cpp's names for a tokenizer's algorithm and for how it splits text before merging."""
-    step = definition["pre_tokenizer"]
-    steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step] if step else []
-    match [s["type"] for s in steps]:
-        case ["ByteLevel"] if steps[0]["use_regex"]:
-            return "gpt2", "gpt-2"
-        case ["Digits", "ByteLevel"] if steps[0]["individual_digits"] and steps[1]["use_regex"]:
-            return "gpt2", "smollm"
-        case ["Split", "ByteLevel"] if steps[0]["pattern"].get("Regex", "").startswith(LLAMA_3_SPLIT):
-            return "gpt2", "llama-bpe"
-        case [] | ["Metaspace"] if "<0x0A>" in definition["model"]["vocab"]:
-            return "llama", "default"  # SentencePiece: Llama 2, TinyLlama, Mistral
-    raise ValueError(
-        f"export_gguf does not know this tokenizer's pre-tokenizer {step}. Use llama.cpp's convert_hf_to_gguf.py."
-    )
-
-
-def _token_type(tokenizer, kind: str, names: dict[int, str], i: int) -> gguf.TokenType:
-    if i not in names:
-        return gguf.TokenType.UNUSED
-    if kind == "llama" and i == tokenizer.unk_token_id:
-        return gguf.TokenType.UNKNOWN
-    added = tokenizer.added_tokens_decoder.get(i)
-    if added is not None:
-        return gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
-    if kind == "llama" and names[i].startswith("<0x") and len(names[i]) == 6:
-        return gguf.TokenType.BYTE
-    return gguf.TokenType.NORMAL
-
-
-def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer, source: Path) -> None:
-    # What ends an answer is what `generate` stops at; the tokenizer's own eos can differ from it.
-    generation = source / "generation_config.json"
-    ends = GenerationConfig.from_pretrained(source).eos_token_id if generation.exists() else None
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    writer.add_eos_token_id(ends[0])
-    if len(ends) > 1:
-        writer.add_eot_token_id(ends[1])
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-
-
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _add_tensors(writer: gguf.GGUFWriter, source: Path, config) -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for file in sorted(source.glob("*.safetensors")):
+@dataclass(frozen=True)
+class _Source:
+    """One tensor to be written: where it lies and what it is called on both sides."""
+
+    file: Path
+    name: str
+    target: str
+    shape: tuple[int, ...]
+
+
+def _tensors(source: Path, config, architecture: gguf.MODEL_ARCH) -> list[_Source]:
+    """What will be written. ValueError where a tensor is missing, is of no use, or has another shape than it must."""
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = {name: file for name, file in checkpoint.stored(source).items() if not name.endswith(COMPUTED)}
+    expected = checkpoint.expected(config)
+    if not _has_own_head(found, config):
+        found.pop("lm_head.weight", None)  # llama.cpp uses the embedding where a file has no output head
+        if config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{source} lacks {checkpoint.some(missing)}: it is no complete model.")
+    wanted = []
+    for name, file in found.items():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        layer, kind = name.split(".")[-2:]
+        if name not in expected or target is None or (kind == "bias" and layer in NO_BIAS[architecture]):
+            graph = gguf.MODEL_ARCH_NAMES[architecture]
+            raise ValueError(f"{file.name} holds {name}, which llama.cpp's {graph} does not have.")
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open has no iterator
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue  # llama.cpp uses the embedding where a file has no output head
-                target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-                if target is None:
-                    raise ValueError(f"{file.name} holds {name}, which llama.cpp's Llama does not have.")
-                value = tensors.get_tensor(name).float()
-                layer = name.split(".")[-2]
-                if layer in heads:
-                    value = neighbouring_pairs(value, heads[layer])
-                writer.add_tensor(target, _as_numpy(value, name))
+            shape = tuple(tensors.get_slice(name).get_shape())
+        if shape != tuple(expected[name]):
+            raise ValueError(f"{name} has the shape {list(shape)}, by config.json it must have {list(expected[name])}.")
+        wanted.append(_Source(file, name, target, shape))
+    return wanted
+
+
+def _has_own_head(found: dict[str, Path], config) -> bool:
+    """Whether the file's output head is another matrix than the embedding, whatever the configuration says."""
+    if "lm_head.weight" not in found or not config.tie_word_embeddings:
+        return "lm_head.weight" in found
+    head, embedding = (checkpoint.read(found, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    return not torch.equal(head, embedding)
+
+
+def _write(writer: gguf.GGUFWriter, tensors: list[_Source], config, architecture: gguf.MODEL_ARCH) -> None:
+    """All of the file: first what every tensor will be, then one tensor after the other."""
+    for tensor in tensors:
+        dtype = np.dtype(np.float32 if len(tensor.shape) == 1 else np.float16)
+        size = dtype.itemsize * int(np.prod(tensor.shape))
+        writer.add_tensor_info(tensor.target, tensor.shape, dtype, size)
     factors = _rope_factors(config)
     if factors is not None:
-        writer.add_tensor("rope_freqs.weight", factors.numpy())
+        writer.add_tensor_info("rope_freqs.weight", tuple(factors.shape), np.dtype(np.float32), factors.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for tensor in tensors:
+        with safe_open(tensor.file, framework="pt") as file:
+            value = file.get_tensor(tensor.name)
+        layer = tensor.name.split(".")[-2]
+        if architecture is LLAMA and layer in heads:
+            value = neighbouring_pairs(value, heads[layer])
+        writer.write_tensor_data(_as_numpy(value, tensor.name))
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
 
 
 def neighbouring_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -200,23 +211,17 @@ def neighbouring_pairs(weight: Tensor, heads: int) -> Tensor:
 
 def _as_numpy(value: Tensor, name: str):
     if value.dim() == 1:
-        return value.numpy()
+        return value.float().numpy()
     half = value.half()
     if not half.isfinite().all():
-        raise ValueError(f"{name} holds {value.abs().max():.3g}, too large for float16 (65,504).")
+        raise ValueError(f"{name} holds {value.abs().max():.3g}, which float16 cannot (it ends at 65,504).")
     return half.numpy()
 
 
 def _rope_factors(config) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by [head_dim / 2]; None for the plain embedding.
-
-    Raises ValueError for scalings that depend on the length of the text.
-    """
-    kind = config.rope_parameters["rope_type"]
-    if kind == "default":
+    """Llama 3's scaling: what llama.cpp divides each rotary frequency by [head_dim / 2]; None for other rope types."""
+    if config.rope_parameters["rope_type"] != "llama3":
         return None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"export_gguf writes the rope types default, linear and llama3, not {kind}.")
     exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
     return config.rope_parameters["rope_theta"] ** -exponents / LlamaRotaryEmbedding(config).inv_freq
 

@@ -8,69 +8,102 @@ Per linear layer [out, in]:
 """
 
 import json
+import statistics
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-from common.course import artifacts
+from common.course import artifacts, checkpoint
+from common.formats import awq
+from common.formats.packing import WORD, pack_rows, unpack_rows
+from common.methods.blocks import iter_linears
 from common.methods.quantization import QuantizeConfig, QuantizedWeight
 
-WORD = 32
+KEYS = ("qweight", "qzeros", "scales", "g_idx")
+OFFSET = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format → what a stored zero point lacks
 
 
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Pack integers [n, columns] in [0, 2**bits) along dim 0 into int32 [n · bits / 32, columns].
-
-    The codes form one stream of bits, lowest first, cut into 32-bit words; n must be a multiple of 32.
-    """
-    n, columns = codes.shape
-    if n % WORD:
-        raise ValueError(f"The GPTQ format packs layer sizes that are multiples of {WORD}, got {n}.")
-    codes = codes.to(torch.int64).reshape(n // WORD, WORD, columns)  # 32 codes fill exactly `bits` words
-    words = codes.new_zeros(n // WORD, bits, columns)
-    for i in range(WORD):
-        word, shift = divmod(i * bits, WORD)
-        words[:, word] |= codes[:, i] << shift
-        if shift + bits > WORD:  # only 3-bit codes straddle two words
-            words[:, word + 1] |= codes[:, i] >> (WORD - shift)
-    return words.view(-1, columns).to(torch.int32)  # keeps the low 32 bits; bit 31 becomes the sign
-
-
-def unpack_rows(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_rows`: uint8 [n, columns]."""
-    words = packed.to(torch.int64) & 0xFFFFFFFF
-    words = words.reshape(-1, bits, packed.shape[1])
-    codes = []
-    for i in range(WORD):
-        word, shift = divmod(i * bits, WORD)
-        code = words[:, word] >> shift
-        if shift + bits > WORD:
-            code = code | words[:, word + 1] << (WORD - shift)
-        codes.append((code & (2**bits - 1)).to(torch.uint8))
-    return torch.stack(codes, dim=1).view(-1, packed.shape[1])
+def check_packable(model: nn.Module) -> None:
+    """Raise ValueError that names the decoder layers whose sizes the format cannot hold: before the work, not after."""
+    odd = [
+        f"{name} [{linear.out_features}, {linear.in_features}]"
+        for name, linear in iter_linears(model)
+        if linear.out_features % WORD or linear.in_features % WORD
+    ]
+    if odd:
+        raise ValueError(
+            f"The GPTQ format packs layers whose inputs and outputs are multiples of {WORD}; this model has "
+            f"{checkpoint.some(odd)}. Quantize it without saving in this format, or leave these layers out."
+        )
 
 
 def pack_linear(weight: QuantizedWeight) -> dict[str, Tensor]:
     """One layer's four tensors."""
-    bits, in_features = weight.config.bits, weight.codes.shape[1]
+    bits, (in_features, groups) = weight.config.bits, (weight.codes.shape[1], weight.scale.shape[1])
     return {
         "qweight": pack_rows(weight.codes.T, bits),
         "qzeros": pack_rows(weight.zero.int() - 1, bits).T.contiguous(),
         "scales": weight.scale.T.contiguous(),
-        "g_idx": torch.arange(in_features, dtype=torch.int32) // weight.config.group_size,
+        "g_idx": torch.arange(in_features, dtype=torch.int32) // (in_features // groups),
     }
 
 
-def unpack_linear(tensors: dict[str, Tensor], bits: int) -> Tensor:
-    """The float32 matrix [out, in] that a layer's four tensors stand for."""
-    codes = unpack_rows(tensors["qweight"], bits).float()  # [in, out]
-    zeros = unpack_rows(tensors["qzeros"].T.contiguous(), bits).T.float() + 1  # [groups, out]
-    scales, group = tensors["scales"].float(), tensors["g_idx"].long()
-    return ((codes - zeros[group]) * scales[group]).T
+def unpack_codes(tensors: dict[str, Tensor], bits: int, group_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's codes [in, out], zero points as they are stored [groups, out] and the group of each input [in].
+
+    group_size is asked where the layer has no g_idx; -1 is one group a row. Raises ValueError for a g_idx that names
+    groups which are not there.
+    """
+    codes = unpack_rows(tensors["qweight"], bits)
+    zeros = unpack_rows(tensors["qzeros"].T.contiguous(), bits).T
+    groups = len(tensors["scales"])
+    if "g_idx" in tensors:
+        group = tensors["g_idx"].long()
+    else:
+        group = torch.arange(len(codes)) // (group_size if group_size > 0 else len(codes))
+    if group.min() < 0 or group.max() >= groups:
+        raise ValueError(
+            f"g_idx names the groups {group.min()} to {group.max()}, and there are scales for {groups}: the file is "
+            "damaged, or its group_size is another than its config says."
+        )
+    return codes, zeros, group
+
+
+def unpack_linear(tensors: dict[str, Tensor], bits: int, offset: int = 1, group_size: int = 0) -> Tensor:
+    """The float32 matrix [out, in] that a layer's four tensors stand for; offset: see `OFFSET`."""
+    codes, zeros, group = unpack_codes(tensors, bits, group_size)
+    zeros, scales = zeros.float() + offset, tensors["scales"].float()
+    return ((codes.float() - zeros[group]) * scales[group]).T
+
+
+def stored_bits(tensors: dict[str, Tensor], bits: int) -> int:
+    """Bits of a layer by its shapes, since files can mix them; `bits` where there is no g_idx to tell."""
+    return WORD * len(tensors["qweight"]) // len(tensors["g_idx"]) if "g_idx" in tensors else bits
+
+
+def zero_offset(layers: Iterable[dict[str, Tensor]], bits: int, group_size: int = 0) -> float | None:
+    """How far the codes' mean lies above the stored zero points: about 1 in v1, 0 in v2. The median over `layers`.
+
+    A trained matrix has a mean of nearly zero: that is what tells where its zero point is. None where its codes are
+    too many (8 bits) or its weights too few to tell a difference of one.
+    """
+    offsets, variance, count = [], 0.0, 0
+    for tensors in layers:
+        width = stored_bits(tensors, bits)
+        if width > 4:
+            continue
+        codes, zeros, group = unpack_codes(tensors, width, group_size)
+        difference = codes.float() - zeros.float()[group]
+        offsets.append(difference.mean().item())
+        variance, count = max(variance, difference.var().item()), count + difference.numel()
+    if not offsets or (variance / count) ** 0.5 > 0.1:
+        return None
+    return statistics.median(offsets)
 
 
 def save_gptq(
@@ -81,18 +114,17 @@ def save_gptq(
     A model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
     """
     config = next(iter(quantized.values())).config
-    tied = set(model._tied_weights_keys or []) if model.config.tie_word_embeddings else set()
     tensors = {}
-    for name, value in model.state_dict().items():
+    for name, value in checkpoint.tensors_once(model).items():
         layer = name.removesuffix(".weight")
         if layer in quantized:
             tensors |= {f"{layer}.{key}": tensor.cpu() for key, tensor in pack_linear(quantized[layer]).items()}
-        elif name not in tied:  # a tied output head is the embedding: written once
+        else:
             tensors[name] = value.to(torch.bfloat16 if value.dtype == torch.float32 else value.dtype).contiguous().cpu()
 
     def write(path: Path) -> None:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(path)
+        checkpoint.true_config(model).save_pretrained(path)
         model.generation_config.save_pretrained(path)
         tokenizer.save_pretrained(path)
         _add_quantization_config(path / "config.json", config, method)
@@ -126,26 +158,85 @@ def _add_quantization_config(file: Path, config: QuantizeConfig, method: str) ->
 
 
 def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A checkpoint in GPTQ v1 format as an ordinary dense model, its packed layers unpacked to `dtype`.
+    """A checkpoint in GPTQ's (v1, v2) or AWQ's format, or a dense one, as an ordinary model in `dtype`, on the CPU.
 
     For measuring quality: it computes with the stored numbers, rounded once to `dtype`, on any device, at the
-    original's speed.
+    original's speed. Raises ValueError for other formats, and where files or tensors are missing or damaged.
     """
+    folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    bits = config.quantization_config["bits"]
-    del config.quantization_config
-    state, packed = {}, {}
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
-            layer, key = name.rsplit(".", 1)
-            if key in ("qweight", "qzeros", "scales", "g_idx"):
-                packed.setdefault(layer, {})[key] = file.get_tensor(name)
-            else:
-                state[name] = file.get_tensor(name).to(dtype)
+    settings = quantization_settings(folder)
+    method = settings.get("quant_method")
+    if method not in (None, "gptq", "awq"):
+        raise ValueError(
+            f"{folder} holds weights in the format {method!r}; load_dequantized reads gptq, awq and dense folders. "
+            "Load it with AutoModelForCausalLM.from_pretrained, which runs that format's own kernels."
+        )
+    packed, state = packed_layers(folder)
+    if packed and method is None:
+        raise ValueError(
+            f"{folder} holds packed layers and its config.json has no quantization_config to read them by."
+        )
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    unpack = _gptq_reader(folder, packed, settings) if method == "gptq" else awq.unpack_linear
     for layer, tensors in packed.items():
-        state[f"{layer}.weight"] = unpack_linear(tensors, bits).to(dtype)
+        try:
+            state[f"{layer}.weight"] = unpack(tensors).to(dtype)
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{folder}: layer {layer} cannot be unpacked: {error}") from error
+    config.__dict__.pop("quantization_config", None)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    options = {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    model, info = model_class.from_pretrained(None, **options)
+    unexpected = checkpoint.whole(model, info, str(folder))
+    if unexpected:
+        warnings.warn(f"{folder} holds tensors that are ignored: {checkpoint.some(unexpected)}.", stacklevel=2)
+    return checkpoint.tie_as_stored(model).eval()
+
+
+def quantization_settings(folder: Path) -> dict:
+    """What a folder says of its quantization, in config.json or where AutoGPTQ and AutoAWQ once put it; {} if dense."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = content.get("quantization_config")
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if settings is None and (folder / name).exists():
+            settings = {"quant_method": method} | json.loads((folder / name).read_text(encoding="utf-8"))
+    return settings or {}
+
+
+def packed_layers(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A folder's tensors: those of packed layers by layer and key, all others by name."""
+    packed, others = {}, {}
+    found = checkpoint.stored(folder)
+    for name in found:
+        layer, _, key = name.rpartition(".")
+        target, label = (packed.setdefault(layer, {}), key) if key in KEYS else (others, name)
+        target[label] = checkpoint.read(found, name)
+    return packed, others
+
+
+def _gptq_reader(folder: Path, packed: dict[str, dict[str, Tensor]], settings: dict) -> Callable[[dict], Tensor]:
+    """`unpack_linear` with the folder's bits, groups and convention for zero points.
+
+    The convention is what `checkpoint_format` says; where nothing is said, what the zero points themselves say, else
+    v1, transformers' default.
+    """
+    bits, group_size = settings["bits"], settings["group_size"]
+    label = settings.get("checkpoint_format") or settings.get("format")
+    if label not in (None, *OFFSET):
+        raise ValueError(f"{folder} is in the layout {label!r} of GPTQ; load_dequantized reads {' and '.join(OFFSET)}.")
+    found = zero_offset(list(packed.values())[:8], bits, group_size)
+    if label is None:
+        offset = 0 if found is not None and found < 0.5 else 1
+    else:
+        offset = OFFSET[label]
+        if found is not None and abs(found - offset) > 0.5:
+            warnings.warn(
+                f"{folder} says checkpoint_format {label!r}, but its zero points lie {found - offset:+.1f} steps from "
+                "where its weights would be centred: is it mislabelled? `python -m tools.doctor` says more.",
+                stacklevel=3,
+            )
+    return lambda tensors: unpack_linear(tensors, stored_bits(tensors, bits), offset, group_size)
 
 
 def save_dense(source: artifacts.Artifact, target: Path, dtype: torch.dtype) -> artifacts.Artifact:

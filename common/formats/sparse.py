@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from common.course import artifacts
+from common.course import artifacts, checkpoint
 from common.course.artifacts import Artifact
 from common.methods.blocks import iter_linears
 
@@ -54,19 +54,19 @@ def csr_bytes(weight: Tensor) -> int:
 
 def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, settings: dict, parent: str) -> Artifact:
     """Save a pruned model: linear layers of the decoder blocks packed, everything else as it is."""
+    _require_dense(model)
     packed_layers = {name for name, _ in iter_linears(model)}
-    tied = set(model.all_tied_weights_keys)  # stored once, under the name that is not in here
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in checkpoint.tensors_once(model).items():
         layer = name.removesuffix(".weight")
         if layer in packed_layers and name.endswith(".weight"):
             tensors |= {f"{name}.{part}": value for part, value in pack(tensor).items()}
-        elif name not in tied:
+        else:
             tensors[name] = tensor.cpu().contiguous()
 
     def write(path: Path) -> None:
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        model.config.save_pretrained(path)
+        checkpoint.true_config(model).save_pretrained(path)
         model.generation_config.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
@@ -74,8 +74,21 @@ def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, setti
     return artifacts.save(folder, write, method=method, settings=settings, parent=parent, expected_bytes=size)
 
 
+def _require_dense(model: nn.Module) -> None:
+    """ValueError where weights are quantized: bytes of codes that are zero are no zeros of the model."""
+    for name, linear in iter_linears(model):
+        weight = linear.weight
+        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.shape[-1] != linear.in_features:
+            raise ValueError(
+                f"{name} is quantized already ({type(weight).__name__} of {weight.dtype}): a sparse checkpoint holds "
+                "the zeros of dense weights. Prune the original model."
+            )
+
+
 def load_sparse(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model that `save_sparse` saved, on the CPU, in evaluation mode. Dense in memory, where zeros take space."""
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}: load_sparse reads what save_sparse wrote.")
     config = AutoConfig.from_pretrained(folder)
     state: dict[str, Tensor] = {}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -87,4 +100,7 @@ def load_sparse(folder: Path, dtype: torch.dtype) -> nn.Module:
             elif part not in ("values", "shape"):
                 state[name] = file.get_tensor(name).to(dtype)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    options = {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    model, info = model_class.from_pretrained(None, **options)
+    checkpoint.whole(model, info, str(folder))
+    return checkpoint.tie_as_stored(model).eval()

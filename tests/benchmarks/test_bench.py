@@ -8,15 +8,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks import bench, contenders
 from benchmarks.bench import Row
 from benchmarks.contenders import Clock, Task
 from common.course.settings import ROOT, load_settings
-from common.formats.gptq import load_dequantized, pack_rows, save_gptq
 from common.measure.results import read
-from common.methods.quantization import QuantizeConfig, rtn_model
 
 
 @pytest.fixture
@@ -154,25 +151,6 @@ def test_one_real_measurement(settings, tmp_path, llama, tokenizer, windows):
     assert got["gptq"]["kl"][0] > 0 < got["gptq"]["seconds"][0]
     assert got["gptq"]["bytes"][0] < got["wanda"]["bytes"][0] < got["original"]["bytes"][0]
     assert got["smoothquant"]["kl"][0] < got["gptq"]["kl"][0] < got["wanda"]["kl"][0]
-
-
-def test_asymmetric_checkpoints_in_format_v2_are_read_as_such(tmp_path, llama, tokenizer):
-    """Format v2 stores the zero points themselves; read as v1, every weight is off by one step."""
-    config = QuantizeConfig(group_size=32, mse=False)
-    weights = rtn_model(llama, config)
-    save_gptq(tmp_path / "v2", llama, tokenizer, weights, method="rtn", parent="")
-    file = tmp_path / "v2" / "model.safetensors"
-    tensors = load_file(file)
-    for name, weight in weights.items():
-        tensors[f"{name}.qzeros"] = pack_rows(weight.zero, 4).T.contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-    model = load_dequantized(tmp_path / "v2", torch.float32)
-    expected = dict(llama.named_parameters())
-    name = next(iter(weights))
-    assert not torch.allclose(model.get_submodule(name).weight, expected[f"{name}.weight"])
-    contenders._read_as_v2(model, tmp_path / "v2")
-    for name in weights:
-        torch.testing.assert_close(model.get_submodule(name).weight, expected[f"{name}.weight"], rtol=0, atol=1e-5)
 
 
 def test_a_changed_embedding_disqualifies(tmp_path, llama, tokenizer, windows, monkeypatch):

@@ -1,8 +1,10 @@
 """Model specs and what a student reads when one does not work."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.course import assets
 
@@ -91,3 +93,70 @@ def test_embedded_model_is_what_facts_say():
     tensors = load_file(folder / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == 134_515_008
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+def change(folder, drop="", add=None):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not drop or drop not in name}
+    save_file(kept | (add or {}), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_tensors_are_an_error_that_names_them(saved):
+    """transformers would make them up."""
+    change(saved, drop="layers.1.mlp")
+    with pytest.raises(
+        ValueError, match=r"lacks 3 tensors that LlamaForCausalLM needs: model\.layers\.1\.mlp\.down_proj"
+    ):
+        assets.load_model(str(saved), torch.float32)
+
+
+def test_unexpected_tensors_are_told(saved):
+    change(saved, add={"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)})
+    with pytest.warns(UserWarning, match=r"holds 1 tensors that LlamaForCausalLM does not use: model\.layers\.7"):
+        assets.load_model(str(saved), torch.float32)
+
+
+def test_other_shapes_than_the_config_says(saved):
+    file = saved / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 96}))
+    with pytest.raises(ValueError, match=r"other shapes than its config\.json says"):
+        assets.load_model(str(saved), torch.float32)
+
+
+def test_a_missing_shard_is_named(tmp_path, llama, tokenizer):
+    llama.save_pretrained(tmp_path / "m", max_shard_size="200KB")
+    tokenizer.save_pretrained(tmp_path / "m")
+    gone = sorted((tmp_path / "m").glob("*.safetensors"))[0]
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"lacks {gone.name}"):
+        assets.load_model(str(tmp_path / "m"), torch.float32)
+
+
+def test_pickled_weights_are_not_loaded(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \.safetensors file of a whole model \(only pytorch_model\.bin\)"):
+        assets.load_model(str(saved), torch.float32)
+
+
+def test_a_separate_head_beside_a_tied_configuration_is_the_models(tmp_path, make_llama, tokenizer):
+    model = make_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    loaded = assets.load_model(str(tmp_path / "m"), torch.float32)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.config.tie_word_embeddings is False
+
+
+def test_a_hub_id_in_the_cache_is_a_folder(saved, tmp_path, monkeypatch):
+    root = tmp_path / "hub" / "models--someone--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    (root / "snapshots").mkdir()
+    saved.rename(root / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert assets.local_folder("someone/tiny").samefile(root / "snapshots" / ("0" * 40))
+    assert assets.local_folder(str(root / "snapshots" / ("0" * 40))).is_dir()
+    with pytest.raises(ConnectionError, match="not in the local cache"):
+        assets.local_folder("someone/else")

@@ -14,8 +14,9 @@ from serving_tools import alive, wait_until_gone
 from common.course.assets import embedded_folder, load_model, load_tokenizer
 from common.engines import vllm_server
 from common.engines.vllm_server import VLLM, servable, serve_vllm
-from common.formats.awq import ORDER, pack_outputs, repack_as_awq, repack_linear
+from common.formats.awq import repack_as_awq, repack_linear
 from common.formats.gptq import load_dequantized, pack_linear, save_dense, save_gptq
+from common.formats.packing import AWQ_ORDER, pack_outputs
 from common.methods.quantization import QuantizeConfig, rtn, rtn_model
 
 needs_vllm = pytest.mark.skipif(bool(vllm_server.missing()), reason=vllm_server.missing())
@@ -33,7 +34,7 @@ def test_packing_by_hand():
     codes = torch.zeros(1, 32, dtype=torch.uint8)
     codes[0, :8] = torch.arange(8)
     assert pack_outputs(codes)[0].tolist() == [0x75316420, 0, 0, 0]
-    assert sorted(ORDER) == list(range(8))
+    assert sorted(AWQ_ORDER) == list(range(8))
 
 
 def test_repacking_changes_no_number():

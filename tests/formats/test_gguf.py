@@ -10,12 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from common.engines import llamacpp
 from common.engines.llamacpp import LlamaCpp, quantize_gguf
 from common.formats import gguf as gguf_export
-from common.formats.gguf import LLAMA_3_SPLIT, export_gguf, neighbouring_pairs, stored_tensors
+from common.formats.gguf import UnknownFamily, export_gguf, neighbouring_pairs, stored_tensors
+from common.formats.gguf_tokenizer import LLAMA_3_SPLIT, QWEN_2_SPLIT
 from common.formats.gptq import save_gptq
 from common.measure.evaluation import evaluate, generate
 from common.methods.quantization import QuantizeConfig, rtn_model
@@ -42,6 +52,14 @@ SPLITS = {
         [
             pre_tokenizers.Split(
                 Regex(LLAMA_3_SPLIT + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), behavior="isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "qwen2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(QWEN_2_SPLIT + r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), behavior="isolated"
             ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -186,13 +204,14 @@ def test_an_interrupted_export_leaves_the_previous_file(save, tmp_path, monkeypa
     target = export_gguf(folder, tmp_path / "model.gguf")
     before = target.read_bytes()
 
-    def interrupted(writer):  # the header is on the disk by now, the tensors are not
+    def interrupted(writer, tensor):  # the header is on the disk by now, the tensors are not
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", interrupted)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_gguf(folder, target)
     assert target.read_bytes() == before
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.gguf"], "nothing of the failed export stays"
 
 
 # --- what cannot be exported ---------------------------------------------------------------------------------------
@@ -216,7 +235,7 @@ def change_config(folder, **changes):
     ("changes", "message"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, "not GemmaForCausalLM.*convert_hf_to_gguf"),
-        ({"hidden_act": "gelu"}, "computes with silu, this model with gelu"),
+        ({"hidden_act": "gelu"}, "compute with silu, this model with gelu"),
         ({"vocab_size": 300}, r"ids up to \d+, the model 300 embeddings"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "not dynamic"),
     ],
@@ -243,7 +262,7 @@ def test_weights_too_large_for_float16(make_llama, bpe, tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
     model.save_pretrained(tmp_path / "hf")
     bpe.save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match="too large for float16"):
+    with pytest.raises(ValueError, match="which float16 cannot"):
         export_gguf(tmp_path / "hf", tmp_path / "model.gguf")
 
 
@@ -304,6 +323,192 @@ def test_mistral_is_a_llama_within_its_window(save, bpe, tmp_path):
     file = export_gguf(folder, tmp_path / "model.gguf")
     assert fields(file)["llama.context_length"] == 128
     assert distance(folder, file, tokens(bpe)) < 1e-4
+
+
+def qwen(cls, config_class, **changes):
+    """A tiny random Qwen whose norms and biases say something."""
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 400,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    model = cls(config_class(**config | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1)
+    return model
+
+
+QWENS = {
+    "qwen2, untied": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2, tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3, untied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3, tied, wide heads": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3, rope linear": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
+    ),
+    "qwen2, rope yarn": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e6,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("variant", QWENS)
+def test_llama_cpp_computes_the_same_logits_of_qwen(save, bpe, tmp_path, variant):
+    cls, config_class, changes = QWENS[variant]
+    folder = save(qwen(cls, config_class, **changes))
+    file = export_gguf(folder, tmp_path / "model.gguf")
+    assert fields(file)["general.architecture"] == variant[:5]
+    assert ("output.weight" in {t.name for t in stored_tensors(file)}) is ("untied" in variant or "rope" in variant)
+    assert distance(folder, file, tokens(bpe)) < 1e-4
+
+
+def test_biases_that_llama_cpp_does_not_have_are_refused(save, tmp_path):
+    folder = save(qwen(Qwen3ForCausalLM, Qwen3Config, head_dim=16, attention_bias=True))
+    with pytest.raises(ValueError, match=r"[qkv]_proj\.bias, which llama\.cpp's qwen3 does not have"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+# --- folders as they lie on the Hub --------------------------------------------------------------------------------
+
+
+def add_tensors(folder, tensors, file="model.safetensors", drop=()):
+    held = load_file(folder / file) if (folder / file).exists() else {}
+    held = {name: value for name, value in held.items() if name not in drop} | tensors
+    save_file(held, folder / file, metadata={"format": "pt"})
+
+
+def test_what_lies_beside_the_model_is_left_alone(save, tmp_path):
+    folder = save()
+    plain = export_gguf(folder, tmp_path / "plain.gguf").read_bytes()
+    add_tensors(folder, {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(8) for i in range(3)})
+    add_tensors(folder, {"layers.0.attention.wq.weight": torch.rand(64, 64)}, "consolidated.safetensors")
+    add_tensors(folder, {"base_model.q_proj.lora_A.weight": torch.rand(4, 64)}, "adapter_model.safetensors")
+    add_tensors(folder, {"model.norm.weight": torch.rand(64)}, "model-00001-of-00001.safetensors")
+    assert export_gguf(folder, tmp_path / "model.gguf").read_bytes() == plain
+
+
+def test_shards_give_the_same_file_and_a_missing_one_is_named(save, make_llama, bpe, tmp_path):
+    folder = save()
+    one = {t.name: t.data.tobytes() for t in gguf.GGUFReader(export_gguf(folder, tmp_path / "one.gguf")).tensors}
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    bpe.save_pretrained(tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    many = gguf.GGUFReader(export_gguf(tmp_path / "shards", tmp_path / "many.gguf")).tensors
+    assert {t.name: t.data.tobytes() for t in many} == one
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks {shards[1].name}, of the {len(shards)} files"):
+        export_gguf(tmp_path / "shards", tmp_path / "many.gguf")
+
+
+def test_missing_tensors_are_named(save, tmp_path):
+    folder = save()
+    add_tensors(folder, {}, drop=["model.layers.1.mlp.up_proj.weight"])
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_a_truncated_file_is_one_clear_error(save, tmp_path):
+    file = save() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"damaged or incomplete"):
+        export_gguf(file.parent, tmp_path / "model.gguf")
+
+
+@needs_llama_cpp
+def test_a_head_of_its_own_is_kept_where_the_config_says_tied(save, bpe, tmp_path):
+    """Merged fine-tunes: transformers computes with the head in the file, so must llama.cpp."""
+    folder = change_config(save(tie_word_embeddings=False), tie_word_embeddings=True)
+    assert distance(folder, export_gguf(folder, tmp_path / "model.gguf"), tokens(bpe)) < 1e-4
+
+
+def test_several_chat_templates(save, tmp_path):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.chat_template = {"default": CHAT, "tool_use": "{{ tools }}"}
+    found = fields(export_gguf(save(tokenizer=tokenizer), tmp_path / "model.gguf"))
+    assert found["tokenizer.chat_template"] == CHAT
+    assert found["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+
+
+@needs_llama_cpp
+def test_a_model_without_an_end_does_not_end_at_llama_cpps_default(save, make_llama, tmp_path):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    folder = save(make_llama(vocab_size=400, eos_token_id=None, bos_token_id=0), tokenizer)
+    file = export_gguf(folder, tmp_path / "model.gguf")
+    assert fields(file)["tokenizer.ggml.eos_token_id"] == 0  # bos: no answer holds it
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_imitate_is_refused(save, tmp_path):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(UnknownFamily, match="add_prefix_space: True"):
+        export_gguf(save(tokenizer=tokenizer), tmp_path / "model.gguf")
+
+
+def test_an_unknown_family_can_be_caught(save, tmp_path):
+    folder = change_config(save(), architectures=["GemmaForCausalLM"])
+    with pytest.raises(UnknownFamily, match="Qwen2ForCausalLM and Qwen3ForCausalLM, not GemmaForCausalLM"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub cache of one repository, `someone/tiny`; returns its snapshot folder."""
+    root = tmp_path / "hub" / "models--someone--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return root / "snapshots" / ("0" * 40)
+
+
+def test_a_hub_id_is_exported_from_the_cache(save, hub, tmp_path):
+    save().rename(hub.parent.parent / "hf")
+    hub.parent.mkdir()
+    (hub.parent.parent / "hf").rename(hub)
+    expected = export_gguf(hub, tmp_path / "folder.gguf").read_bytes()
+    assert export_gguf(Path("someone/tiny"), tmp_path / "id.gguf").read_bytes() == expected
+
+
+def test_memory_holds_one_tensor_at_a_time(save, tmp_path, monkeypatch):
+    """Every tensor is written before the next is read."""
+    events = []
+    read, write = gguf_export._as_numpy, gguf.GGUFWriter.write_tensor_data
+
+    def reading(value, name):
+        events.append("read")
+        return read(value, name)
+
+    def writing(writer, tensor):
+        events.append("write")
+        write(writer, tensor)
+
+    monkeypatch.setattr(gguf_export, "_as_numpy", reading)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", writing)
+    export_gguf(save(), tmp_path / "model.gguf")
+    assert len(events) > 20
+    assert events == ["read", "write"] * (len(events) // 2)
 
 
 @needs_llama_cpp

@@ -70,7 +70,8 @@ def serve_vllm(
     """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
     dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
-    sequences: requests computed together; options: more of vLLM's own, such as "--tensor-parallel-size=2". Prompts are computed anew each time, so that the first token's delay is real.
+    sequences: requests computed together; options: more of vLLM's own, such as "--tensor-parallel-size=2".
+    Prompts are computed anew each time, so that the first token's delay is real.
     Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
     """
     if missing():

@@ -6,15 +6,13 @@ The walker and the methods are those of one process. What they gather are sums o
 makes them whole; the column loop, in which rows do not influence each other, is shared out by rows.
 """
 
-import time
-
 import torch
 from safetensors.torch import load_file, save_file
 
 from common.course.assets import load_model
 from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq, gptq_model
-from common.parallel.collective import add_up, by_rows, folder_given, mine, peaks, together, write_result
+from common.parallel.collective import add_up, by_rows, clock, folder_given, mine, peaks, together, write_result
 
 
 def calibrate(job: dict, device: torch.device, folder) -> dict[str, torch.Tensor]:
@@ -22,22 +20,15 @@ def calibrate(job: dict, device: torch.device, folder) -> dict[str, torch.Tensor
     windows = mine(load_file(folder / "windows.safetensors")["windows"])
     model = load_model(job["model"], getattr(torch, job["dtype"]), device if job["on_device"] else "cpu")
     options = {"device": device, "batch_size": job["batch_size"], "reduce": add_up}
-    _wait(device)
-    start = time.perf_counter()
+    start = clock(device)
     if "bits" in job["config"]:
         made = gptq_model(model, windows, QuantizeConfig(**job["config"]), quantize=by_rows(gptq), **options)
         found = {name: quantized.codes for name, quantized in made.items()}
     else:
         found = prune_model(model, windows, PruneConfig(**job["config"]), **options)
-    _wait(device)
-    seconds = time.perf_counter() - start
+    seconds = clock(device) - start
     write_result(folder, seconds=seconds, peak_bytes=peaks(), windows=len(windows))
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

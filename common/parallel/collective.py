@@ -6,6 +6,7 @@ Everything here works with NCCL on GPUs and with gloo on CPUs, and with a single
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,13 @@ def together(folder: Path):
         (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         os._exit(1)  # at once: the others wait for this process, and torchrun ends them when it is gone
     dist.destroy_process_group()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def mine(items: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Whatever the number of processes and of micro-batches, step s learns from the sa
 mean over them; so the loss curve is that of one card, up to rounding. Checkpoints fit any number of processes.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.course.assets import load_model
 from common.methods.blocks import decoder_blocks
 from common.methods.distillation import distillation_loss, kd_loss, student_from_teacher
-from common.parallel.collective import folder_given, mine, peaks, together, write_result
+from common.parallel.collective import clock, folder_given, mine, peaks, together, write_result
 
 WARM_UP = 2  # steps that are not timed: they load kernels and make the optimizer's state
 
@@ -117,10 +116,12 @@ def train(plan: Plan, device: torch.device, folder: Path) -> None:
     model = spread(student, plan.strategy, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     start, losses = _resume(folder, model, optimizer)
-    begin = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # a teacher that is sharded was whole for a moment
+    begin = clock(device)
     for step in range(start, plan.steps):
         if step == start + WARM_UP:
-            begin = _now(device)
+            begin = clock(device)
         losses.append(one_step(model, teacher, windows, step, plan, device))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,7 +129,7 @@ def train(plan: Plan, device: torch.device, folder: Path) -> None:
         if plan.save_every and (step + 1) % plan.save_every == 0:
             _save(folder, model, optimizer, step + 1, losses)
     timed = max(1, plan.steps - start - WARM_UP)
-    tokens = timed * plan.batch_size * windows.shape[1] / (_now(device) - begin)
+    tokens = timed * plan.batch_size * windows.shape[1] / (clock(device) - begin)
     write_result(folder, losses=losses, tokens_per_second=tokens, peak_bytes=peaks(), resumed_at=start)
     if plan.save_student:
         whole = states.get_model_state_dict(
@@ -136,12 +137,6 @@ def train(plan: Plan, device: torch.device, folder: Path) -> None:
         )
         if dist.get_rank() == 0:
             save_file({name: tensor.clone() for name, tensor in whole.items()}, folder / "student.safetensors")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _save(folder: Path, model: nn.Module, optimizer, step: int, losses: list[float]) -> None:

@@ -3,12 +3,10 @@
 torchrun --nproc-per-node 2 -m common.parallel.links FOLDER        (`launch` does it)
 """
 
-import time
-
 import torch
 import torch.distributed as dist
 
-from common.parallel.collective import folder_given, together, write_result
+from common.parallel.collective import clock, folder_given, together, write_result
 
 RUNS = 50
 
@@ -18,18 +16,11 @@ def all_reduce_seconds(count: int, device: torch.device) -> float:
     message = torch.ones(count // 2, dtype=torch.bfloat16, device=device)
     seconds = []
     for _ in range(RUNS + 5):  # the first ones set up the links
-        _wait(device)
-        begin = time.perf_counter()
+        begin = clock(device)
         dist.all_reduce(message)
-        _wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock(device) - begin)
         message.fill_(1)
     return torch.tensor(seconds[5:]).median().item()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

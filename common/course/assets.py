@@ -32,6 +32,15 @@ SHAPES = {
         vocab_size=32000,
         max_position_embeddings=4096,
     ),
+    "tinyllama-1.1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+    ),
 }
 
 

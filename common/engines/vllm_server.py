@@ -64,11 +64,14 @@ def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -
 
 
 @contextlib.contextmanager
-def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int) -> Iterator[VLLM]:
+def serve_vllm(
+    folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int, options: tuple[str, ...] = ()
+) -> Iterator[VLLM]:
     """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
     dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
-    sequences: requests computed together. Prompts are computed anew each time, so that the first token's delay is real.
+    sequences: requests computed together; options: more of vLLM's own, such as "--tensor-parallel-size=2".
+    Prompts are computed anew each time, so that the first token's delay is real.
     Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
     """
     if missing():
@@ -85,6 +88,7 @@ def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, seque
         command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     else:
         command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
+    command += options
     environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     with serve(command, health=f"{root}/health", log=log, timeout=600, environment=environment):
         yield VLLM(url=f"{root}/v1", log=log)

@@ -129,7 +129,7 @@ def lines(
 ) -> Figure:
     """Lines with markers; a linear y axis starts at zero."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, series), color in zip(points.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
+    for (name, series), color in zip(points.items(), (GREY, BLUE, ORANGE, GREEN, "#9333ea"), strict=False):
         axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
     if yscale == "linear":

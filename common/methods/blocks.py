@@ -235,6 +235,7 @@ def walk(
     batch_size: int | None = None,
     store: str | torch.device | None = None,
     at_once: bool = False,
+    reduce: Callable[[Statistic], None] | None = None,
     description: str = "blocks",
 ) -> None:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
@@ -245,11 +246,19 @@ def walk(
     batch_size: sequences per forward pass (default: all at once, which costs one pass instead of five).
     store: where activations wait between blocks (default: `device`; "cpu" saves GPU memory).
     at_once: observe the whole block before any of its layers is changed: two passes, however many batches.
+    reduce: called with each statistic once it has seen all windows, before `change`: several processes add up theirs.
     """
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
     model.eval()
     blocks, flow = decoder_blocks(model), _flow_at_once if at_once else _flow
+    if reduce is not None:
+        alone = change
+
+        def change(stage: Stage, statistic: Statistic) -> None:
+            reduce(statistic)
+            alone(stage, statistic)
+
     home = next(blocks[0].parameters()).device
     device = torch.device(device or home)
     store = torch.device(store or device)

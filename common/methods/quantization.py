@@ -196,12 +196,19 @@ def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWe
 
 
 def gptq_model(
-    model: nn.Module, windows: Tensor, config: QuantizeConfig, *, keep_zeros: bool = False, **walk_options
+    model: nn.Module,
+    windows: Tensor,
+    config: QuantizeConfig,
+    *,
+    keep_zeros: bool = False,
+    quantize: Callable[..., QuantizedWeight] = gptq,
+    **walk_options,
 ) -> dict[str, QuantizedWeight]:
     """GPTQ for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
 
     windows: calibration tokens [nsamples, seqlen]. keep_zeros: weights that are zero stay zero, as a pruned model
-    wants; otherwise error compensation refills some of them. `walk_options` go to `common.methods.blocks.walk`.
+    wants; otherwise error compensation refills some of them. quantize: `gptq`, or the same shared out among processes
+    (`common.parallel`). `walk_options` go to `common.methods.blocks.walk`.
     """
     for _, linear in iter_linears(model):
         _groups(linear.in_features, config.group_size)  # before minutes of work, not after
@@ -211,7 +218,7 @@ def gptq_model(
 
     def change(stage: Stage, statistic: Hessian) -> None:
         linears = {names[linear]: linear for linear in stage.linears.values()}
-        results = _gptq_linears(linears, statistic, config, keep_zeros)
+        results = _gptq_linears(linears, statistic, config, keep_zeros, quantize)
         quantized.update({name: result.to(home) for name, result in results.items()})
 
     walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
@@ -229,10 +236,12 @@ def gptq_once(
     return quantized
 
 
-def _gptq_linears(linears: dict[str, nn.Linear], statistic: Hessian, config, keep_zeros) -> dict[str, QuantizedWeight]:
+def _gptq_linears(
+    linears: dict[str, nn.Linear], statistic: Hessian, config, keep_zeros, quantize=gptq
+) -> dict[str, QuantizedWeight]:
     """GPTQ for layers that read the same input, in place and in one column loop; returns their quantized weights."""
     stacked = torch.cat([linear.weight for linear in linears.values()])
-    result = gptq(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
+    result = quantize(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
     quantized, start = {}, 0
     for name, linear in linears.items():
         rows = slice(start, start := start + linear.out_features)

@@ -41,6 +41,7 @@ recorder.finish()
 """
 
 
+@pytest.mark.notebooks
 def test_summary_shows_time_memory_and_headlines(chapter, capsys):
     chapter(GOOD)
     assert run.main(["--profile", "cpu"]) == 0
@@ -113,6 +114,7 @@ def rows(text):
     return {line.split()[1]: line for line in text.splitlines() if re.match(r"(✅|❌|➖) \S+ {2,}", line)}
 
 
+@pytest.mark.notebooks
 def test_each_fault_is_told_by_its_true_name(first):
     status, text = first
     assert status == 1
@@ -125,6 +127,7 @@ def test_each_fault_is_told_by_its_true_name(first):
     assert "make labs LAB=3.1 NOTEBOOK=01 PROFILE=smoke" in text
 
 
+@pytest.mark.notebooks
 def test_a_failed_notebook_stops_only_those_that_need_it(first):
     _, text = first
     lines = rows(text)
@@ -137,6 +140,7 @@ def test_a_failed_notebook_stops_only_those_that_need_it(first):
     assert "2 done · 4 failed · 1 not run" in text
 
 
+@pytest.mark.notebooks
 def test_what_is_done_is_not_done_again_while_nothing_changed(first, faults):
     work, prune = faults / "work", faults / "chapter" / "Lab-3.2-Pruning" / "02-Prune.ipynb"
 
@@ -159,6 +163,7 @@ def test_what_is_done_is_not_done_again_while_nothing_changed(first, faults):
     assert (work / "ran").read_text() == "once moreand once moreand once more"
 
 
+@pytest.mark.notebooks
 def test_another_input_runs_a_notebook_anew(first, faults):
     setup = faults / "chapter" / "Lab-3.2-Pruning" / "01-Setup.ipynb"
     setup.write_text(setup.read_text(encoding="utf-8").replace("the same", "not the same"), encoding="utf-8")
@@ -166,6 +171,7 @@ def test_another_input_runs_a_notebook_anew(first, faults):
     assert (status, "already done" in text) == (0, False)
 
 
+@pytest.mark.notebooks
 def test_a_hang_is_cut_by_the_limit(chapter, capsys):
     chapter("import time\ntime.sleep(600)")
     assert run.main(["--profile", "smoke", "--cell-limit", "3"]) == 1
@@ -228,11 +234,13 @@ def test_summary_keeps_the_labs_apart(tmp_path):
     assert second.endswith("10 s   1.5 GiB  original pruning perplexity 12,346 ppl")
 
 
+@pytest.mark.notebooks
 def test_parameters_reach_the_notebook(chapter, capsys):
     chapter('assert (PROFILE, MODEL) == ("smoke", "some/model")')
     assert run.main(["--profile", "smoke", "--model", "some/model"]) == 0
 
 
+@pytest.mark.notebooks
 def test_model_is_the_teacher_in_the_distillation_lab(tmp_path, chapter, capsys):
     expected = ("smoke", "some/model", "a/student")
     file = chapter(f'assert (PROFILE, TEACHER, STUDENT) == {expected}\nassert MODEL == "embedded"')
@@ -241,6 +249,7 @@ def test_model_is_the_teacher_in_the_distillation_lab(tmp_path, chapter, capsys)
     assert run.main(["--profile", "smoke", "--model", "some/model", "--student", "a/student"]) == 0
 
 
+@pytest.mark.notebooks
 def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsys):
     chapter("wanted = 3\nraise ValueError('group_size 7 does not divide 576')")
     assert run.main(["--profile", "cpu"]) == 1
@@ -251,6 +260,7 @@ def test_failing_cell_is_shown_with_its_code_error_and_what_to_do(chapter, capsy
     assert "make labs LAB=3.1 NOTEBOOK=01 PROFILE=cpu" in out
 
 
+@pytest.mark.notebooks
 def test_record_keeps_outputs_figures_and_provenance(chapter, tmp_path):
     file = chapter(GOOD + "print('hello')")
     assert run.main(["--record"]) == 0

@@ -1,4 +1,5 @@
 # make labs      set up, run the notebooks on the embedded model, sum up
+# make check     set up, run what takes minutes: style, documents, unit tests; no engines, no notebooks
 # make test      set up, run all checks and tests
 # make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
 # make figures   set up, draw the figures of the theory documents again
@@ -13,6 +14,7 @@
 # make bench     the course's methods beside the well-known libraries (some two hours on 2 cores); ONLY=wanda narrows it down
 #
 # Narrow down:   make labs LAB=3.1 NOTEBOOK=02 PROFILE=smoke MODEL=... GPU_MEMORY=15
+# Run also what has run already: make labs AGAIN=1. Allow a cell more than an hour: make labs LIMIT=7200
 
 # Threads that wait for one another sleep instead of spinning: on two cores, any other program that computes would
 # otherwise make small tensor operations 5 to 40 times slower (measured; alone on the machine it makes no difference).
@@ -23,12 +25,13 @@ BIN := .venv/bin
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-assets.txt constraints.txt pyproject.toml
 
 LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK)) $(if $(PROFILE),--profile $(PROFILE)) \
-	$(if $(MODEL),--model $(MODEL)) $(if $(STUDENT),--student $(STUDENT)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY))
+	$(if $(MODEL),--model $(MODEL)) $(if $(STUDENT),--student $(STUDENT)) $(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY)) \
+	$(if $(AGAIN),--again) $(if $(LIMIT),--cell-limit $(LIMIT))
 
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record test lint docs-check figures notebook loadtest doctor tables clean
+.PHONY: setup engines serve-env try-engines interop bench labs record check test lint docs-check figures notebook loadtest doctor tables clean
 
 setup: .venv/.ready
 
@@ -97,6 +100,9 @@ labs: setup $(ENGINES)
 record: setup $(ENGINES)
 	$(BIN)/python -m tools.run --record $(LAB_OPTIONS)
 	$(BIN)/python -m tools.tables render
+
+check: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not engines and not notebooks"
 
 # The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
 test: lint

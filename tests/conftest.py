@@ -24,6 +24,16 @@ settings.load_profile("course")
 VOCABULARY = 256
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Mark what llama.cpp is needed for as `engines`; skip what is marked `gpu` where there is none."""
+    for item in items:
+        if any("llama.cpp" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker("engines")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny tensors only: more threads would cost time, and their sums would depend on the machine."""

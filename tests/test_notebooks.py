@@ -16,6 +16,9 @@ from tools import provenance, run, tables
 
 NOTEBOOKS = run.find_notebooks()
 MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|opt)/")
+PROGRESS = re.compile(
+    r"^.*(\d+%\||\d+(it|ex|\wB)? ?\[\d+:\d\d).*$", re.MULTILINE
+)  # a bar of tqdm, with or without an end
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=run.title)
 
 
@@ -103,11 +106,12 @@ def test_documents_show_the_committed_figures():
 def smoke(tmp_path_factory):
     """Run all notebooks once at the smoke profile, in order, each in a fresh kernel."""
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
-    command = [sys.executable, "-m", "tools.run", "--profile", "smoke"]
+    command = [sys.executable, "-m", "tools.run", "--profile", "smoke", "--again"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")  # notebooks find everything from any working directory
     return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=4500)
 
 
+@pytest.mark.notebooks
 @pytest.mark.timeout(4600)
 def test_all_notebooks_run_at_smoke(smoke):
     assert smoke.returncode == 0, smoke.stdout[-3000:] + smoke.stderr[-2000:]
@@ -115,6 +119,38 @@ def test_all_notebooks_run_at_smoke(smoke):
         assert run.title(file) in smoke.stdout
 
 
+def noise(text):
+    """What is left of an error stream without progress bars, which end in a carriage return or in a new line."""
+    return PROGRESS.sub("", text.replace("\r", "\n").replace("\x1b[A", "")).strip()
+
+
+def test_noise_is_all_but_progress_bars():
+    bars = (
+        "\rlayers:   0%|          | 0/30 [00:00<?, ?it/s]\rlayers: 100%|██████████| 30/30 [00:02<00:00, 12.1it/s]\n"
+        "\rGenerating: 3it [00:01,  2.10it/s]\r 12ex [00:00, 9ex/s]\n\x1b[A"
+    )
+    assert noise(bars) == ""
+    warning = "Failed to load libtorchao.so\n<stdin>:1: UserWarning: 180 of 272 tensors"
+    assert noise(f"{bars}{warning}\n{bars}") == warning
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_nothing_but_progress_bars_on_stderr(smoke, file):
+    """What a student sees in Jupyter."""
+    executed = ROOT / ".work" / "tests" / "runs" / "smoke" / file.parent.name / file.name
+    said = [
+        noise("".join(o.text for o in cell.outputs if o.get("name") == "stderr")) for cell in cells(executed, "code")
+    ]
+    assert {number: text[:500] for number, text in enumerate(said, start=1) if text} == {}
+
+
+@pytest.mark.notebooks
+def test_make_labs_says_nothing_on_stderr_either(smoke):
+    assert noise(smoke.stderr)[:2000] == ""
+
+
+@pytest.mark.notebooks
 def test_smoke_run_measured_what_it_should(smoke):
     device_folder = slug(device_name(load_settings("quantization", "smoke")))
     records = results.read(ROOT / ".work" / "tests" / "results" / device_folder / "smoke" / "quantization.json")
@@ -127,6 +163,7 @@ def test_smoke_run_measured_what_it_should(smoke):
     } <= keys
 
 
+@pytest.mark.notebooks
 def test_inference_without_its_artifact_names_the_notebook(tmp_path):
     """Notebook 03 alone, on a machine where 02 never ran."""
     models = ROOT / ".work" / "tests" / "models"
@@ -139,6 +176,7 @@ def test_inference_without_its_artifact_names_the_notebook(tmp_path):
     assert "Run notebook Lab-3.1-Quantization/02-Quantize first" in done.stdout
 
 
+@pytest.mark.notebooks
 def test_setup_notebooks_give_the_committed_outputs():
     """nbval runs the Setup notebooks; cells tagged nbval-check-output must print what is committed."""
     setups = [str(file) for file in NOTEBOOKS if file.stem == "01-Setup"]

@@ -2,9 +2,10 @@
 
     python -m tools.run                          all notebooks, profile by hardware, embedded model
     python -m tools.run --lab 3.1 --notebook 02  one of them
+    python -m tools.run --again                  also those that have run already, with the same code and inputs
     python -m tools.run --record                 make the executed notebooks and their figures the committed ones
 
-Executed copies are kept in `.work/runs/<profile>/`.
+A notebook that fails stops only those that need what it makes. Executed copies are kept in `.work/runs/<profile>/`.
 """
 
 import argparse
@@ -12,51 +13,34 @@ import datetime
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
 from common.course.assets import embedded_folder
 from common.course.environment import device_name
-from common.course.settings import CHAPTER, PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
+from common.course.settings import PROFILES, load_settings, resolve_profile, slug, work_folder
 from common.measure import results
 from tools import provenance, tables
+from tools.done import Stamps
+from tools.kernels import NotebookFailed, execute
+from tools.notebooks import LAB_OF_FOLDER, find_notebooks, lab_number, needs, shown, title
 
-LAB_OF_FOLDER = {
-    "Lab-3.1-Quantization": "quantization",
-    "Lab-3.2-Pruning": "pruning",
-    "Lab-3.3-Distillation": "distillation",
-}
-
-
-def find_notebooks(lab: str = "", notebook: str = "") -> list[Path]:
-    """The chapter's notebooks in order; `lab` ("3.1") and `notebook` ("02") narrow them down."""
-    found = sorted(CHAPTER.glob(f"Lab-{lab}*/{notebook}*.ipynb"))
-    if not found:
-        known = ", ".join(f"{path.parent.name}/{path.stem}" for path in sorted(CHAPTER.glob("Lab-*/*.ipynb")))
-        raise FileNotFoundError(f"No notebook matches --lab {lab!r} --notebook {notebook!r}. There are: {known}.")
-    return found
+CELL_LIMIT = 3600  # seconds; the longest cell of the recorded runs takes some minutes
 
 
-def title(notebook: Path) -> str:
-    return f"{notebook.parent.name}/{notebook.stem}"
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook: `state` is a key of MARKS."""
+
+    notebook: Path
+    state: str
+    why: str = ""
+    seconds: float = 0.0
 
 
-def execute(notebook: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook in its own kernel, from its own folder; the executed copy is written as it goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        notebook,
-        target,
-        parameters=parameters,
-        cwd=notebook.parent,
-        kernel_name="python3",
-        extra_arguments=["--log-level=40"],  # the kernel's warnings about its own transport are no output of ours
-        progress_bar=sys.stderr.isatty() or "CI" not in os.environ,
-    )
+MARKS = {"done": "✅", "already done": "✅", "failed": "❌", "not run": "➖"}
 
 
 def parameters(lab: str, options: argparse.Namespace) -> dict[str, str]:
@@ -69,41 +53,26 @@ def parameters(lab: str, options: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, (value, default) in given.items() if value != default}
 
 
-def explain(error: PapermillExecutionError, notebook: Path, target: Path, options: argparse.Namespace) -> str:
-    """A failing cell as a reader wants it: which cell, its code, the error, where to look, how to try again."""
+def explain(error: NotebookFailed, notebook: Path, target: Path, options: argparse.Namespace) -> str:
+    """What stopped a notebook, as a reader wants it: cell, code, error, what to do, where to look, how to try again."""
     code = "\n".join(f"    {line}" for line in error.source.splitlines())
-    return (
-        f"\n❌ {title(notebook)}, cell [{error.exec_count}] failed:\n\n{code}\n\n"
-        f"    {error.ename}: {error.evalue}\n\n"
-        f"   Whole traceback: {shown(target)}\n"
-        f"   Try again:       {again(notebook, options)}"
-    )
-
-
-def explain_death(notebook: Path, target: Path, options: argparse.Namespace) -> str:
-    """The same for a kernel that is gone, which can say nothing itself."""
-    return (
-        f"\n❌ {title(notebook)}: its process was killed, most often because the main memory was full.\n\n"
-        f"   Close other programs, or use a smaller profile (PROFILE=cpu, PROFILE=smoke).\n"
-        f"   The cells that ran: {shown(target)}\n"
-        f"   Try again:          {again(notebook, options)}"
-    )
+    parts = [f"\n❌ {title(notebook)}, {error}", code, f"    {error.detail}" if error.detail else ""]
+    ends = [
+        f"   {error.advice}\n" if error.advice else "",
+        f"   The cells that ran: {shown(target)}\n",
+        f"   Try again:          {again(notebook, options)}\n",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n\n" + "".join(ends)
 
 
 def again(notebook: Path, options: argparse.Namespace) -> str:
     """The command that runs this notebook alone, with the same options."""
-    lab, number = notebook.parent.name.split("-")[1], notebook.stem.split("-")[0]
     return (
-        f"make labs LAB={lab} NOTEBOOK={number}"
+        f"make labs LAB={lab_number(notebook)} NOTEBOOK={notebook.stem.split('-')[0]}"
         + (f" PROFILE={options.profile}" if options.profile != "auto" else "")
         + (f" MODEL={options.model}" if options.model != "embedded" else "")
         + (f" STUDENT={options.student}" if options.student != "layers" else "")
     )
-
-
-def shown(path: Path) -> str:
-    """A path as seen from the repository."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def shortened(value: float) -> str:
@@ -111,17 +80,24 @@ def shortened(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def summary(done: list[tuple[Path, float]], records: list[dict]) -> str:
-    """A line per notebook: time, peak memory, and the figures it marked as headlines."""
-    lines = [f"{'notebook':36} {'time':>8} {'memory':>9}  key results"]
-    for notebook, seconds in done:
+def summary(outcomes: list[Outcome], records: list[dict]) -> str:
+    """A line per notebook: time, peak memory and the figures it marked as headlines, or why there are none."""
+    lines = [f"   {'notebook':36} {'time':>8} {'memory':>9}  key results"]
+    for outcome in outcomes:
+        notebook, mark = outcome.notebook, MARKS[outcome.state]
+        if outcome.state in ("failed", "not run"):
+            lines.append(f"{mark} {title(notebook):36} {outcome.state}: {outcome.why}")
+            continue
         name = LAB_OF_FOLDER[notebook.parent.name], notebook.stem  # each lab has a 01-Setup
         mine = [r for r in records if (r["lab"], r["notebook"]) == name]
         memory = next((r["value"] for r in mine if r["key"] == "notebook-memory"), None)
         headlines = [f"{r['artifact']} {r['key']} {shortened(r['value'])} {r['unit']}" for r in mine if r["headline"]]
+        if outcome.why:  # when it was done already
+            headlines.insert(0, f"{outcome.state}, {outcome.why}")
         shown_memory = f"{memory:.1f} GiB" if memory else "-"
-        lines.append(f"{title(notebook):36} {seconds:6.0f} s {shown_memory:>9}  {' · '.join(headlines)}")
-    return "\n".join(lines)
+        lines.append(f"{mark} {title(notebook):36} {outcome.seconds:6.0f} s {shown_memory:>9}  {' · '.join(headlines)}")
+    count = {state: sum(outcome.state == state for outcome in outcomes) for state in MARKS}
+    return "\n".join([*lines, "", " · ".join(f"{number} {state}" for state, number in count.items() if number)])
 
 
 def without_progress(outputs: list) -> list:
@@ -165,6 +141,35 @@ def record(notebook: Path, target: Path, lab: str, profile: str, device: str, so
     aside.replace(notebook)
 
 
+def run_one(notebook: Path, options: argparse.Namespace, profile: str, missing: set[str]) -> tuple[Outcome, list[dict]]:
+    """Run one notebook, unless it has run already or what it needs is `missing`; its outcome and its lab's records."""
+    lab = LAB_OF_FOLDER[notebook.parent.name]
+    settings = load_settings(lab, profile, options.model)
+    device = device_name(settings)
+    source = work_folder() / "results" / slug(device) / profile / f"{lab}.json"
+    target = work_folder() / "runs" / profile / notebook.parent.name / notebook.name
+    stamps = Stamps(settings, options.student if lab == "distillation" else "-", device)
+    if lacking := [name for name in needs(notebook) if name in missing]:
+        outcome = Outcome(notebook, "not run", f"it needs what {' and '.join(lacking)} makes")
+        print(f"   not run: {outcome.why}")
+        return outcome, []
+    if not (options.again or options.record) and (stamp := stamps.find(notebook, lab)):
+        print(f"   already done, {stamp['date']}; AGAIN=1 runs it anew")
+        return Outcome(notebook, "already done", stamp["date"], stamp["seconds"]), results.read(source)
+    stamps.remove(notebook)
+    began, start = time.time(), time.perf_counter()
+    try:
+        execute(notebook, target, parameters(lab, options), options.cell_limit)
+    except NotebookFailed as error:
+        print(explain(error, notebook, target, options))
+        return Outcome(notebook, "failed", str(error)), []
+    seconds = time.perf_counter() - start
+    stamps.add(notebook, lab, began, seconds)
+    if options.record:
+        record(notebook, target, lab, profile, device, source)
+    return Outcome(notebook, "done", seconds=seconds), results.read(source)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the course's notebooks in order.")
     parser.add_argument("--lab", default="", help="only this lab, such as 3.1")
@@ -173,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="embedded", help="embedded, a Hub id, or a folder")
     parser.add_argument("--student", default="layers", help="Lab 3.3: layers (of the teacher), a Hub id, or a folder")
     parser.add_argument("--gpu-memory", type=float, metavar="GiB", help="cap the GPU allocator")
+    parser.add_argument("--cell-limit", type=int, default=CELL_LIMIT, metavar="SECONDS", help="what one cell may take")
+    parser.add_argument("--again", action="store_true", help="run also what has run already")
     parser.add_argument(
         "--record", action="store_true", help="make outputs and figures the committed ones (embedded model, not smoke)"
     )
@@ -189,29 +196,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
 
-    runs = work_folder() / "runs" / profile
-    done, records = [], []
+    outcomes, records = [], []
     for number, notebook in enumerate(notebooks, start=1):
-        target = runs / notebook.parent.name / notebook.name
-        lab = LAB_OF_FOLDER[notebook.parent.name]
-        device = device_name(load_settings(lab, profile, options.model))
-        source = work_folder() / "results" / slug(device) / profile / f"{lab}.json"
         print(f"[{number}/{len(notebooks)}] {title(notebook)}", flush=True)
-        start = time.perf_counter()
-        try:
-            execute(notebook, target, parameters(lab, options))
-        except PapermillExecutionError as error:
-            print(explain(error, notebook, target, options))
-            return 1
-        except DeadKernelError:
-            print(explain_death(notebook, target, options))
-            return 1
-        done.append((notebook, time.perf_counter() - start))
-        records += [r for r in results.read(source) if r["lab"] == lab and r not in records]
-        if options.record:
-            record(notebook, target, lab, profile, device, source)
-    print(f"\n{summary(done, records)}\n")
-    print(f"Executed notebooks: {shown(runs)}/\nFigures:            {shown(work_folder() / 'results')}/")
+        missing = {title(outcome.notebook) for outcome in outcomes if outcome.state in ("failed", "not run")}
+        outcome, fresh = run_one(notebook, options, profile, missing)
+        outcomes.append(outcome)
+        records += [r for r in fresh if r["model"] == options.model and r not in records]
+    print(f"\n{summary(outcomes, records)}\n")
+    print(f"Executed notebooks: {shown(work_folder() / 'runs' / profile)}/")
+    print(f"Figures:            {shown(work_folder() / 'results')}/")
+    if any(outcome.state in ("failed", "not run") for outcome in outcomes):
+        return 1
     print("Next: open them with `make notebook`, or read README.md for what the figures mean.")
     return 0
 

@@ -3,6 +3,7 @@
 Notebooks hand models to one another only through these folders.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -40,6 +41,12 @@ def _hash(files: list[Path]) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+@functools.cache
+def _hash_of_versions(versions: tuple[tuple[Path, int, int], ...]) -> str:
+    """The hash of files, read once per process and version of them: each given with its size and time of change."""
+    return _hash([file for file, *_ in versions])
 
 
 def _aside(folder: Path, suffix: str) -> Path:
@@ -101,7 +108,7 @@ def save(
 
 
 def load(folder: Path, made_by: str = "") -> Artifact:
-    """The artifact in `folder`, its files checked for completeness.
+    """The artifact in `folder`, the bytes of its weights checked against the hash that `artifact.json` holds.
 
     Raises FileNotFoundError naming the notebook `made_by` that makes it, or ValueError when files are damaged.
     """
@@ -110,11 +117,15 @@ def load(folder: Path, made_by: str = "") -> Artifact:
         hint = f" Run notebook {made_by} first." if made_by else ""
         raise FileNotFoundError(f"There is no saved model {folder.name!r}.{hint}")
     artifact = Artifact(folder, **json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
-    found = sum(file.stat().st_size for file in _weight_files(folder))
+    versions = tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in _weight_files(folder))
+    found = sum(size for _, size, _ in versions)
     if found != artifact.weight_bytes:
-        again = f"run notebook {made_by} again" if made_by else "make it again"
-        raise ValueError(
-            f"Model {artifact.name!r} is damaged: its weights are {found:,} bytes, {artifact.weight_bytes:,} expected. "
-            f"Delete the folder and {again}."
-        )
+        raise _damaged(artifact, f"its weights are {found:,} bytes, {artifact.weight_bytes:,} expected", made_by)
+    if _hash_of_versions(versions) != artifact.sha256:
+        raise _damaged(artifact, "its weights are not the bytes that were saved (their SHA-256 differs)", made_by)
     return artifact
+
+
+def _damaged(artifact: Artifact, why: str, made_by: str) -> ValueError:
+    again = f"run notebook {made_by} again" if made_by else "make it again"
+    return ValueError(f"Model {artifact.name!r} is damaged: {why}. Delete the folder and {again}.")

@@ -38,22 +38,42 @@ PACKAGES = (
     "torchao",
     "torch-pruning",
 )
-NOISY_LOGGERS = ("tokenicer", "torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "optimum", "datasets")
+NOISY_LOGGERS = ("tokenicer", "transformers", "bitsandbytes", "optimum", "datasets")
 _started = time.perf_counter()
 _gpu_peak_before_reset = 0
+
+
+def _quiet() -> None:
+    """Silence libraries that greet on import; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # GPTQModel starts worker pools sized for servers and dies on a machine with fewer cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+    transformers.utils.logging.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        from logbar import LogBar  # GPTQModel's; greets on import where it takes the terminal for a CI
+
+        LogBar.shared().setLevel("ERROR")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the backend we ask for is used
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+_quiet()  # here, not in `prepare`: what the same cell imports after this module greets already
 
 
 def prepare(
     lab: str, notebook: str, profile: str = "auto", model: str = "embedded", student: str = "layers"
 ) -> Settings:
-    """First step of every notebook: settings, seeds, memory cap and quiet logs; shows the values that it uses, folded.
+    """First step of every notebook: settings, seeds and memory cap; shows the values that it uses, folded.
 
     lab: as in `profiles.toml`; notebook: the file's name without .ipynb, such as "02-Quantize"; student: Lab 3.3's,
     whose claims the course vouches for only where it is made of the teacher's layers.
     """
     global _started
     _started = time.perf_counter()
-    _quiet()
     settings = load_settings(lab, profile, model).replace(notebook=notebook)
     seed_everything(settings.seed)
     cap_gpu_memory()
@@ -80,24 +100,6 @@ def _names_used(settings: Settings) -> set[str]:
     cells = json.loads(files[0].read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     return set(re.findall(r"\bsettings\.(\w+)", code))
-
-
-def _quiet() -> None:
-    """Silence libraries that greet on import; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # GPTQModel starts worker pools sized for servers and dies on a machine with fewer cores.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
-    transformers.utils.logging.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        from logbar import LogBar  # GPTQModel's; greets on import where it takes the terminal for a CI
-
-        LogBar.shared().setLevel("ERROR")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the backend we ask for is used
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def cap_gpu_memory() -> None:

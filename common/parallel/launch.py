@@ -54,11 +54,10 @@ def launch(module: str, count: int, job: dict, folder: Path, launcher: str = "to
 
 
 def _command(launcher: str, count: int) -> list[str]:
-    """Both launchers set the same variables (RANK, WORLD_SIZE, ...); accelerate's needs GPUs for more than one."""
-    if launcher == "accelerate":
-        several = ["--multi_gpu"] if count > 1 else []
+    """Both launchers set the same variables (RANK, WORLD_SIZE, ...), accelerate's only for several GPUs."""
+    if launcher == "accelerate" and count > 1:
         numbers = [f"--num_processes={count}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        return [sys.executable, "-m", "accelerate.commands.launch", *several, *numbers]
+        return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *numbers]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
 
 

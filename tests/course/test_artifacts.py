@@ -220,6 +220,29 @@ def test_truncated_weights(folder):
         artifacts.load(folder)
 
 
+def test_one_changed_bit(folder):
+    artifacts.save(folder, writer(1), **DESCRIBED)
+    file = folder / "model-00002-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"'gptq-w4' is damaged.*SHA-256 differs.*run notebook 02-Quantize again"):
+        artifacts.load(folder, made_by="02-Quantize")
+
+
+def test_weights_are_read_once_per_process_and_again_when_they_change(folder, monkeypatch):
+    artifacts.save(folder, writer(1), **DESCRIBED)
+    read = []
+    monkeypatch.setattr(artifacts, "_hash", lambda files, real=artifacts._hash: read.append(files) or real(files))
+    first = artifacts.load(folder)
+    assert artifacts.load(folder) == first
+    assert len(read) == 1
+    artifacts.save(folder, writer(2), **DESCRIBED)
+    saved = len(read)
+    assert artifacts.load(folder).sha256 != first.sha256
+    assert len(read) == saved + 1
+
+
 def test_a_missing_artifact_names_the_notebook(folder):
     with pytest.raises(FileNotFoundError, match=r"no saved model 'gptq-w4'.*Run notebook Lab-3\.1/02-Quantize first"):
         artifacts.load(folder, made_by="Lab-3.1/02-Quantize")

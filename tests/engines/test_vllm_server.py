@@ -103,12 +103,14 @@ def test_without_vllm_the_error_says_what_to_run(checkpoint, tmp_path, monkeypat
         raise AssertionError("the block must not run")
 
 
+@pytest.mark.engines
 @pytest.mark.skipif(not os.environ.get("COURSE_ENGINES"), reason="COURSE_ENGINES=1: both engines must be there")
 def test_both_engines_are_installed():
     assert importlib.util.find_spec("llama_cpp"), "make engines failed"
     assert not vllm_server.missing(), "make serve-env failed"
 
 
+@pytest.mark.engines
 @pytest.mark.slow
 @needs_vllm
 def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):

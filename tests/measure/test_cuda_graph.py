@@ -30,7 +30,7 @@ def test_causal_attention_without_a_mask_is_the_usual_one(llama):
     torch.testing.assert_close(gradients(Body(llama), llama, IDS), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_computes_what_the_model_computes_also_after_an_update(llama, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -285,7 +285,7 @@ def test_blocks_go_to_the_device_one_at_a_time_and_come_back(llama, windows, mon
     assert moves == [(0, "cpu:0"), (0, "cpu"), (1, "cpu:0"), (1, "cpu"), (2, "cpu:0"), (2, "cpu")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("store", [None, "cpu"])
 def test_home_is_restored_on_a_gpu(make_llama, windows, store):
     model, devices = make_llama(), set()

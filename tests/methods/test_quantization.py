@@ -456,7 +456,7 @@ def test_keep_zeros_keeps_a_pruned_model_pruned(llama, windows, once):
         assert linear.weight[:, 1::2].any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_features", [128, 320, 512])  # one block, a smaller one at the end, several
 def test_replayed_blocks_give_what_unrecorded_blocks_give(in_features):
     generator = torch.Generator().manual_seed(0)

@@ -47,8 +47,11 @@ def repack_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifact:
-    """Save the GPTQ v1 checkpoint `source` in AWQ's format. Raises ValueError unless it has 4 bits."""
+def repack_as_awq(source: artifacts.Artifact, target: Path, dtype: torch.dtype = torch.bfloat16) -> artifacts.Artifact:
+    """Save the GPTQ v1 checkpoint `source` in AWQ's format, what is not quantized in `dtype` (16 bits).
+
+    Raises ValueError unless it has 4 bits.
+    """
     if source.settings["bits"] != 4:
         raise ValueError(f"AWQ's format holds 4 bits, {source.name} has {source.settings['bits']}.")
     packed, tensors = {}, {}
@@ -58,7 +61,7 @@ def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifac
             if key in ("qweight", "qzeros", "scales", "g_idx"):
                 packed.setdefault(layer, {})[key] = file.get_tensor(name)
             else:
-                tensors[name] = file.get_tensor(name).to(torch.bfloat16)
+                tensors[name] = file.get_tensor(name).to(dtype)
     for layer, parts in packed.items():
         tensors |= {f"{layer}.{key}": value for key, value in repack_linear(parts).items()}
 
@@ -81,7 +84,7 @@ def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifac
         target,
         write,
         method="awq-format",
-        settings=source.settings | {"dtype": "bfloat16"},  # of everything that is not quantized
+        settings=source.settings | {"dtype": str(dtype).removeprefix("torch.")},  # of everything that is not quantized
         parent=source.name,
         expected_bytes=size,
     )

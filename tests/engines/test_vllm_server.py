@@ -104,7 +104,7 @@ def vllm(tmp_path, monkeypatch):
         program.chmod(0o755)
         (tmp_path / "serve" / ".ready").touch()
         monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "serve")
-        return serve_vllm("model", tmp_path / "vllm.log", dtype="float32", context=64, sequences=1)
+        return serve_vllm("model", tmp_path / "vllm.log", tokenizer="model", dtype="float32", context=64, sequences=1)
 
     return start
 
@@ -173,7 +173,7 @@ def test_without_vllm_the_error_says_what_to_run(checkpoint, tmp_path, monkeypat
     monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "nowhere")
     with (
         pytest.raises(FileNotFoundError, match="make serve-env"),
-        serve_vllm(checkpoint().folder, tmp_path / "log", dtype="float32", context=64, sequences=1),
+        serve_vllm("model", tmp_path / "log", tokenizer="model", dtype="float32", context=64, sequences=1),
     ):
         raise AssertionError("the block must not run")
 
@@ -192,11 +192,12 @@ def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):
     quantized = rtn_model(model, QuantizeConfig(bits=4, group_size=64))
     source = save_gptq(tmp_path / "gptq", model, tokenizer, quantized, method="rtn", parent="original")
     served = servable(source, tmp_path / "served", torch.float32)
+    options = {"dtype": served.settings["dtype"], "context": 256, "sequences": 2}
     with (
         pytest.raises(ZeroDivisionError),
-        serve_vllm(served.folder, tmp_path / "log", dtype=served.settings["dtype"], context=256, sequences=2) as server,
+        serve_vllm(served.folder, tmp_path / "log", tokenizer=served.folder, **options) as server,
     ):
-        client = openai.OpenAI(base_url=server.url, api_key="unused")
+        client = server.client()
         question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
         answer = client.chat.completions.create(model="course", messages=question, temperature=0, max_tokens=12)
         assert "Paris" in answer.choices[0].message.content

@@ -36,7 +36,7 @@ def main() -> int:
 
 def _check(folder: Path) -> None:
     """Raises EngineDied where llama.cpp crashes, RuntimeError where it computes something else."""
-    _tiny_llama(folder / "model")
+    tiny_llama(folder / "model")
     files = {"F16": export_gguf(folder / "model", folder / "f16.gguf")}
     for kind in KINDS:
         files[kind] = quantize_gguf(files["F16"], folder / f"{kind}.gguf", kind)
@@ -51,7 +51,7 @@ def _check(folder: Path) -> None:
             engine.generate("Hello", 8)
 
 
-def _tiny_llama(folder: Path) -> None:
+def tiny_llama(folder: Path) -> None:
     """A Llama of one block with rows of 256, which every quantization of llama.cpp takes, and a byte tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -4,7 +4,6 @@ The faults are planted in a stand-in for the package `llama_cpp`, so that they h
 """
 
 import importlib.util
-import os
 import shutil
 import signal
 import subprocess
@@ -17,43 +16,10 @@ import pytest
 import torch
 from serving_tools import wait_until_gone
 
-from common.engines import llamacpp, processes, selfcheck
+from common.engines import processes, selfcheck
 from common.engines.llamacpp import LlamaCpp, quantize_gguf
 from common.engines.processes import EngineDied
 
-STAND_IN = """
-import ctypes, os, resource, sys, time
-import numpy as np
-
-class _logger:
-    set_verbose = staticmethod(lambda verbose: None)
-
-class Parameters:
-    pass
-
-def llama_model_quantize_default_params():
-    return Parameters()
-
-def llama_model_quantize(source, target, parameters):
-    open(target, "wb").write(b"half")
-    fault()
-    return 0
-
-class Llama:
-    def __init__(self, file, n_ctx, **options):
-        self.scores = np.arange(n_ctx * 5, dtype=np.float32).reshape(n_ctx, 5)
-    def n_vocab(self):
-        return 5
-    def reset(self):
-        pass
-    def eval(self, ids):
-        if len(ids) > 2:
-            fault()
-
-def fault():
-    print("about to fail", file=sys.stderr, flush=True)
-    {fault}
-"""
 FAULTS = {
     "SIGSEGV": ("ctypes.string_at(0)", r"llama\.cpp crashed in its native code \(SIGSEGV\)"),
     "SIGILL": ("os.kill(os.getpid(), 4)", r"crashed in its native code \(SIGILL\)"),
@@ -65,20 +31,6 @@ FAULTS = {
     ),
     "end": ("os._exit(3)", "ended with status 3"),
 }
-
-
-@pytest.fixture
-def plant(tmp_path, monkeypatch):
-    """plant(code) → from now on, workers import a `llama_cpp` that runs the code when it has work to do."""
-
-    def write(fault: str) -> None:
-        package = tmp_path / "stand-in"
-        package.mkdir()
-        (package / "llama_cpp.py").write_text(STAND_IN.replace("{fault}", fault))
-        monkeypatch.setattr(llamacpp, "missing", lambda: "")
-        monkeypatch.setenv("PYTHONPATH", f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-
-    return write
 
 
 def workers() -> list[int]:

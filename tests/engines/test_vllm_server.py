@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import sys
 
 import openai
 import psutil
@@ -91,19 +90,11 @@ def test_before_ampere_vllm_gets_float16(checkpoint, tmp_path, monkeypatch, capa
 
 
 @pytest.fixture
-def vllm(tmp_path, monkeypatch):
+def vllm(plant_vllm, tmp_path):
     """vllm(code) → the block `with serve_vllm` around a program of this code in vLLM's place."""
 
     def start(code: str):
-        place = tmp_path / "serve" / "bin"
-        place.mkdir(parents=True)
-        program = place / "python"
-        program.write_text(
-            f"#!{sys.executable}\nimport sys\nport = int(sys.argv[sys.argv.index('--port') + 1])\n{code}"
-        )
-        program.chmod(0o755)
-        (tmp_path / "serve" / ".ready").touch()
-        monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "serve")
+        plant_vllm(code)
         return serve_vllm("model", tmp_path / "vllm.log", tokenizer="model", dtype="float32", context=64, sequences=1)
 
     return start

@@ -50,11 +50,13 @@ engines: .venv/.engines
 
 # LLAMA_BUILD_COMMON and LLAVA_BUILD: command-line helpers and vision, which take as long to compile as the engine.
 # No cache: the engine is compiled for the processor of this machine.
+# It is ready when it has worked: a build that crashes here would otherwise be found in the middle of a lab.
 .venv/.engines: requirements-engines.txt common/engines/llamacpp.cmake | .venv/.ready
 	@echo "Compiling llama.cpp (once, a few minutes) ..."
 	@$(BIN)/pip uninstall --quiet --yes llama-cpp-python 2>/dev/null # else pip keeps one that was compiled otherwise
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/common/engines/llamacpp.cmake" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -r $<
+	@$(BIN)/python -m common.engines.selfcheck
 	@touch $@
 
 serve-env: .venv-serve/.ready

@@ -1,16 +1,28 @@
 """llama.cpp: quantize a GGUF file, and measure it exactly as transformers models are measured.
 
+llama.cpp is compiled for the processor that it finds, and may crash on it: it runs in a process of its own
+(`llamacpp_worker`, under the guard of `processes`), whose death is one EngineDied here.
+
 Needs the compiled package `llama-cpp-python` (`make engines`); everything else in `common` works without it.
 """
 
 import importlib.util
-from collections.abc import Callable
+import socket
+import sys
+import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+import gguf
 import torch
 from torch import Tensor
+
+from common.engines.processes import EngineDied, cause_of_death, out_of_memory_kills, start_guarded, stop_guarded
+from common.measure.benchmarking import Latency
+
+TIME_LIMIT = 600.0  # seconds for one answer of the worker: a window, a quantization, all steps of a latency
+LOG_END = 1000  # bytes of llama.cpp's own output that an error shows
 
 
 def missing() -> str:
@@ -23,87 +35,128 @@ def missing() -> str:
     )
 
 
-def require():
-    """The package `llama_cpp`, its log silenced. Raises ModuleNotFoundError that says how to install it."""
-    if missing():
-        raise ModuleNotFoundError(missing())
-    import llama_cpp
+class _Worker:
+    """A process that runs llama.cpp for one file. Raises ModuleNotFoundError where llama.cpp is not installed."""
 
-    llama_cpp._logger.set_verbose(False)
-    return llama_cpp
+    def __init__(self, file: str, time_limit: float):
+        if missing():
+            raise ModuleNotFoundError(missing())
+        self.file, self.time_limit = file, time_limit
+        self._kills = out_of_memory_kills()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "common.engines.llamacpp_worker", theirs.fileno()]
+            self._guard = start_guarded(command, self._log, pass_fds=(theirs.fileno(),))
+        self._connection = Connection(ours.detach())
+
+    def ask(self, operation: str, *arguments):
+        """One answer. Raises what the operation raised there, or EngineDied when the process died or hangs."""
+        try:
+            self._connection.send((operation, *arguments))
+            if not self._connection.poll(self.time_limit):
+                self._died(f"did not answer within {self.time_limit:g} s and was stopped")
+            outcome, value = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._died()
+        if outcome == "failed" and isinstance(value, MemoryError):
+            self._died("could not get the memory it asked for (close other programs, or choose a smaller model)")
+        if outcome == "failed":
+            raise value
+        return value
+
+    def receive(self, tensor: Tensor) -> Tensor:
+        """Fill a float32 tensor [rows, columns] with the messages to come, one a row."""
+        try:
+            for row in tensor.numpy():
+                self._connection.recv_bytes_into(row)
+        except (EOFError, ConnectionError):
+            self._died()
+        return tensor
+
+    def _died(self, cause: str = ""):
+        status = self.close()
+        cause = cause or cause_of_death(status, self._kills)
+        self._log.seek(0)
+        said = self._log.read()[-LOG_END:].decode(errors="replace").strip()
+        raise EngineDied(
+            f"llama.cpp {cause} while it worked on {self.file}. What was measured before still stands. To see whether "
+            "this machine's build works at all, run: .venv/bin/python -m common.engines.selfcheck"
+            + (f"\nIts last words:\n{said}" if said else "")
+        ) from None
+
+    def close(self) -> int:
+        self._connection.close()
+        return stop_guarded(self._guard)
 
 
-def quantize_gguf(source: Path, target: Path, kind: str) -> Path:
+def quantize_gguf(source: Path, target: Path, kind: str, time_limit: float = TIME_LIMIT) -> Path:
     """Let llama.cpp quantize the float16 file `source` to `kind`, such as "Q8_0", "Q4_K_M" or "Q2_K".
 
-    Raises ValueError for a kind that llama.cpp does not have, RuntimeError when it fails.
+    Raises ValueError for a kind that llama.cpp does not have, RuntimeError when it fails, EngineDied when it crashes.
     """
-    llama_cpp = require()
-    ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
+    ftype = getattr(gguf.LlamaFileType, f"MOSTLY_{kind}", None)
     if ftype is None:
         raise ValueError(f"llama.cpp has no quantization {kind!r}; try Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M or Q2_K.")
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = ftype
-    parameters.nthread = torch.get_num_threads()
     aside = target.with_suffix(".new")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(aside).encode(), parameters):
-        raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}: is it a float16 GGUF file?")
-    return aside.replace(target)
+    worker = _Worker(source.name, time_limit)
+    try:
+        if worker.ask("quantize", str(source), str(aside), int(ftype), torch.get_num_threads()):
+            raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}: is it a float16 GGUF file?")
+        return aside.replace(target)
+    finally:
+        worker.close()
+        aside.unlink(missing_ok=True)
 
 
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp, callable like a transformers model: `evaluation.evaluate` takes both alike.
 
-    context: tokens it can hold. It computes on the CPU with as many threads as PyTorch uses.
+    context: tokens it can hold; time_limit: seconds for one answer. It computes on the CPU with as many threads as
+    PyTorch uses. Every method raises EngineDied when its process dies or hangs, or cannot load the file.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, file: Path, context: int):
-        threads = torch.get_num_threads()
-        self._llm = require().Llama(
-            str(file),
-            n_ctx=context,
-            n_threads=threads,
-            n_threads_batch=threads,
-            logits_all=True,
-            verbose=False,
-        )
+    def __init__(self, file: Path, context: int, time_limit: float = TIME_LIMIT):
+        self._worker = _Worker(Path(file).name, time_limit)
+        try:
+            self._vocabulary = self._worker.ask("load", str(file), context, torch.get_num_threads())
+        except ValueError as error:
+            self.close()
+            raise EngineDied(
+                f"llama.cpp could not load {Path(file).name}: {error}. Is the file whole, and is enough memory free?"
+            ) from None
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def eval(self) -> "LlamaCpp":
         return self
 
     def close(self) -> None:
-        """Free the model's memory."""
-        self._llm.close()
+        """End the process, and with it free the model's memory."""
+        self._worker.close()
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         """Logits [1, tokens, vocabulary] of one sequence `input_ids` [1, tokens], computed from its beginning."""
         ids = input_ids[0].tolist()
-        self._llm.reset()
-        self._llm.eval(ids)
-        return SimpleNamespace(logits=torch.from_numpy(np.array(self._llm.scores[: len(ids)]))[None])
+        self._worker.ask("read", ids)
+        return SimpleNamespace(logits=self._worker.receive(torch.empty(len(ids), self._vocabulary))[None])
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text` by the tokenizer in the file, special tokens in it recognised."""
-        return self._llm.tokenize(text.encode(), add_bos=True, special=True)
+        return self._worker.ask("tokenize", text)
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """Greedy answer to `prompt`, which goes through the chat template in the file."""
-        self._llm.reset()
-        messages = [{"role": "user", "content": prompt}]
-        answer = self._llm.create_chat_completion(messages, temperature=0.0, max_tokens=max_new_tokens)
-        return answer["choices"][0]["message"]["content"].strip()
+        return self._worker.ask("generate", prompt, max_new_tokens)
 
-    def decoder(self, context: int) -> Callable[[], None]:
-        """One decoding step after `context` tokens, always at the same position: for `measure_latency`."""
+    def latency(self, context: int, runs: int) -> Latency:
+        """Time `runs` decoding steps after `context` tokens, all at the same position, on the worker's own clock."""
         generator = torch.Generator().manual_seed(0)
-        prompt = torch.randint(self._llm.n_vocab(), (context,), generator=generator).tolist()
-        self._llm.reset()
-        self._llm.eval(prompt)
-
-        def step():
-            self._llm.n_tokens = context  # `eval` drops what the cache holds beyond it
-            self._llm.eval(prompt[-1:])
-
-        return step
+        prompt = torch.randint(self._vocabulary, (context,), generator=generator).tolist()
+        return Latency(self._worker.ask("latency", prompt, runs))

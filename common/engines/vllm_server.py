@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import torch
 
 from common.course import artifacts
 from common.course.settings import ROOT
-from common.engines.processes import free_port, serve
+from common.engines.processes import EngineDied, free_port, serve
 from common.formats.awq import repack_as_awq
 from common.formats.gptq import save_dense
 
 ENVIRONMENT = ROOT / ".venv-serve"
 MODEL_NAME = "course"  # what clients ask for
+ANSWER_SECONDS = 300  # for one answer, then the server counts as hanging
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_INT4_W4A8": "0",  # else vLLM also rounds activations, to 8 bits, on CPUs with AMX
@@ -40,6 +42,13 @@ class VLLM:
         found = re.search(r"Using (\w*Kernel) for", self.log.read_text(encoding="utf-8", errors="replace"))
         return found[1] if found else ""
 
+    def client(self) -> openai.OpenAI:
+        """A client that asks once, waits `ANSWER_SECONDS` at most and goes past any proxy to the loopback."""
+        direct = openai.DefaultHttpxClient(trust_env=False)
+        return openai.OpenAI(
+            base_url=self.url, api_key="unused", max_retries=0, timeout=ANSWER_SECONDS, http_client=direct
+        )
+
 
 def missing() -> str:
     """What to do where vLLM is not installed; "" where it is."""
@@ -53,26 +62,41 @@ def has_four_bit_kernel() -> bool:
     return torch.cuda.is_available() or torch.cpu._is_avx512_supported()
 
 
+def sixteen_bits() -> torch.dtype:
+    """bfloat16, which vLLM refuses on GPUs before Ampere (compute capability 8.0, such as a T4): float16 there."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
 def servable(checkpoint: artifacts.Artifact, target: Path, dtype: torch.dtype) -> artifacts.Artifact:
     """A GPTQ checkpoint as vLLM can serve it on this machine: the same numbers, saved in `target`.
 
     In AWQ's format where vLLM has a 4-bit kernel (it refuses asymmetric files in GPTQ's), else unpacked to `dtype`.
     """
     if has_four_bit_kernel():
-        return repack_as_awq(checkpoint, target)
+        return repack_as_awq(checkpoint, target, sixteen_bits())
     return save_dense(checkpoint, target, dtype)
 
 
 @contextlib.contextmanager
 def serve_vllm(
-    folder: Path | str, log: Path, *, dtype: str, context: int, sequences: int, options: tuple[str, ...] = ()
+    folder: Path | str,
+    log: Path,
+    *,
+    tokenizer: Path | str,
+    dtype: str,
+    context: int,
+    sequences: int,
+    options: tuple[str, ...] = (),
 ) -> Iterator[VLLM]:
     """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
-    dtype: of what is not quantized, such as "bfloat16"; context: tokens per request, prompt and answer together;
-    sequences: requests computed together; options: more of vLLM's own, such as "--tensor-parallel-size=2".
+    tokenizer: the folder of the tokenizer, which must have a chat template; dtype: of what is not quantized, such as
+    "bfloat16"; context: tokens per request, prompt and answer together; sequences: requests computed together;
+    options: more of vLLM's own, such as "--tensor-parallel-size=2".
     Prompts are computed anew each time, so that the first token's delay is real.
-    Raises FileNotFoundError where vLLM is not installed, and what `processes.serve` raises.
+    Raises FileNotFoundError where vLLM is not installed; EngineDied when it cannot start (a model or a GPU that it does
+    not know, memory), dies or does not answer while the block lasts.
     """
     if missing():
         raise FileNotFoundError(missing())
@@ -80,6 +104,7 @@ def serve_vllm(
     root = f"http://127.0.0.1:{port}"
     # `vllm serve` asks for the version of the package `vllm`, which `vllm-cpu` does not have; its module does not.
     command = [ENVIRONMENT / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--tokenizer", tokenizer]
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
     command += ["--dtype", dtype, "--max-model-len", context, "--max-num-seqs", sequences, "--no-enable-prefix-caching"]
     if torch.cuda.is_available():
@@ -90,5 +115,10 @@ def serve_vllm(
         command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
     command += options
     environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    with serve(command, health=f"{root}/health", log=log, timeout=600, environment=environment):
-        yield VLLM(url=f"{root}/v1", log=log)
+    with serve(command, health=f"{root}/health", log=log, name="vLLM", timeout=600, environment=environment):
+        try:
+            yield VLLM(url=f"{root}/v1", log=log)
+        except openai.APITimeoutError as error:
+            raise EngineDied(
+                f"vLLM did not answer within {ANSWER_SECONDS} s and was stopped. Its log: {log}"
+            ) from error

@@ -45,8 +45,11 @@ def unpack_linear(tensors: dict[str, Tensor]) -> Tensor:
     return ((codes.float() - zeros.float()[group]) * tensors["scales"].float()[group]).T
 
 
-def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifact:
-    """Save the GPTQ v1 checkpoint `source` in AWQ's format. Raises ValueError unless it has 4 bits."""
+def repack_as_awq(source: artifacts.Artifact, target: Path, dtype: torch.dtype = torch.bfloat16) -> artifacts.Artifact:
+    """Save the GPTQ v1 checkpoint `source` in AWQ's format, what is not quantized in `dtype` (16 bits).
+
+    Raises ValueError unless it has 4 bits.
+    """
     if source.settings["bits"] != 4:
         raise ValueError(f"AWQ's format holds 4 bits, {source.name} has {source.settings['bits']}.")
     packed, tensors = {}, {}
@@ -56,7 +59,7 @@ def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifac
         if key in ("qweight", "qzeros", "scales", "g_idx"):
             packed.setdefault(layer, {})[key] = checkpoint.read(found, name)
         else:
-            tensors[name] = checkpoint.read(found, name).to(torch.bfloat16)
+            tensors[name] = checkpoint.read(found, name).to(dtype)
     for layer, parts in packed.items():
         tensors |= {f"{layer}.{key}": value for key, value in repack_linear(parts).items()}
 
@@ -79,7 +82,7 @@ def repack_as_awq(source: artifacts.Artifact, target: Path) -> artifacts.Artifac
         target,
         write,
         method="awq-format",
-        settings=source.settings | {"dtype": "bfloat16"},  # of everything that is not quantized
+        settings=source.settings | {"dtype": str(dtype).removeprefix("torch.")},  # of everything that is not quantized
         parent=source.name,
         expected_bytes=size,
     )

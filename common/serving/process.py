@@ -13,11 +13,12 @@ def serve(model: str = "embedded", *options: str, api_key: str = "") -> Iterator
     """Serve `model` on a free port of loopback while the `with` block lasts; yields the service's URL.
 
     options: as `python -m common.serving` has. It ends with the block, and with this process however that ends.
-    Raises RuntimeError with the end of its log when it cannot start.
+    Raises EngineDied with the end of its log when it cannot start.
     """
     port = processes.free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "common.serving", "--model", model, "--port", str(port), *options]
     log = work_folder() / "logs" / f"serving-{port}.log"
-    with processes.serve(command, health=f"{url}/health/ready", log=log, environment={"COURSE_API_KEY": api_key}):
+    key = {"COURSE_API_KEY": api_key}
+    with processes.serve(command, health=f"{url}/health/ready", log=log, name="The service", environment=key):
         yield url

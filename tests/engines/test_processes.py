@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from serving_tools import alive, wait_until_gone
+from serving_tools import alive, wait_until, wait_until_gone
 
 from common.engines import processes
-from common.engines.processes import free_port, serve
+from common.engines.processes import EngineDied, free_port, serve
 
 # A server with a child of its own, as vLLM has; both write their process ids.
 SERVER = """
@@ -95,16 +95,39 @@ with serve({options["command"]!r}, health={options["health"]!r}, log=pathlib.Pat
 def test_a_server_that_ends_early_shows_its_log(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
     with (
-        pytest.raises(RuntimeError, match=r"status 1.*\n.*no such model"),
+        pytest.raises(EngineDied, match=r"The server ended with status 1.*\n.*no such model"),
         serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log"),
     ):
         raise AssertionError("the block must not run")
 
 
+def test_a_server_that_dies_while_it_is_used_is_named(server):
+    """What the block itself sees is only a connection that failed."""
+    options = server()
+    with pytest.raises(EngineDied, match=r"vLLM crashed in its native code \(SIGSEGV\)"), serve(**options, name="vLLM"):
+        os.kill(pids(options["log"])[0], signal.SIGSEGV)
+        urllib.request.urlopen(options["health"])
+    wait_until_gone(pids(options["log"]))
+
+
+def test_all_that_a_server_started_may_finish_its_work(server, tmp_path):
+    """The server ends at once, its child needs a second after SIGTERM to put its work away: it is waited for."""
+    saved = tmp_path / "saved"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"save = lambda *_: (time.sleep(1), pathlib.Path({str(saved)!r}).write_text('work'), sys.exit())\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(600)"
+    )
+    options = server(f"subprocess.Popen([sys.executable, '-c', {child!r}])")
+    with serve(**options):
+        wait_until(lambda: "ready" in options["log"].read_text(), 10)
+    assert saved.read_text() == "work"  # here, not some time later
+
+
 def test_a_server_that_never_answers_times_out_and_is_stopped(tmp_path):
     command = [sys.executable, "-c", "import os, time; print('pids', os.getpid(), flush=True); time.sleep(600)"]
     with (
-        pytest.raises(TimeoutError, match="did not answer within 1 s"),
+        pytest.raises(EngineDied, match=r"The server did not answer \S+ within 1 s"),
         serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log", timeout=1),
     ):
         raise AssertionError("the block must not run")

@@ -13,6 +13,7 @@ from serving_tools import alive, wait_until_gone
 
 from common.course.assets import embedded_folder, load_model, load_tokenizer
 from common.engines import vllm_server
+from common.engines.processes import EngineDied
 from common.engines.vllm_server import VLLM, servable, serve_vllm
 from common.formats.awq import repack_as_awq, repack_linear
 from common.formats.gptq import load_dequantized, pack_linear, save_dense, save_gptq
@@ -78,6 +79,72 @@ def test_what_vllm_is_given_depends_on_the_machine(checkpoint, tmp_path, monkeyp
     assert (served.folder / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_before_ampere_vllm_gets_float16(checkpoint, tmp_path, monkeypatch, capability, dtype):
+    """A T4 has compute capability 7.5; vLLM refuses bfloat16 there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    served = servable(checkpoint(), tmp_path / "served", torch.bfloat16)
+    assert served.settings["dtype"] == dtype
+    tensors = load_file(served.folder / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == getattr(torch, dtype)
+
+
+@pytest.fixture
+def vllm(plant_vllm, tmp_path):
+    """vllm(code) → the block `with serve_vllm` around a program of this code in vLLM's place."""
+
+    def start(code: str):
+        plant_vllm(code)
+        return serve_vllm("model", tmp_path / "vllm.log", tokenizer="model", dtype="float32", context=64, sequences=1)
+
+    return start
+
+
+HEALTHY = """
+import http.server, os, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        {fault}
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_vllm_that_cannot_start_says_why_in_one_error(vllm):
+    refusal = "Bfloat16 is only supported on GPUs with compute capability of at least 8.0"
+    with pytest.raises(EngineDied, match=f"vLLM ended with status 1.*\n.*{refusal}"), vllm(f"sys.exit('{refusal}')"):
+        raise AssertionError("the block must not run")
+
+
+def ask(server: VLLM):
+    question = [{"role": "user", "content": "Hello"}]
+    return server.client().chat.completions.create(model="course", messages=question)
+
+
+def test_a_vllm_that_dies_while_it_is_asked(vllm):
+    fault = HEALTHY.format(fault="os.kill(os.getpid(), 11)")
+    with pytest.raises(EngineDied, match=r"vLLM crashed in its native code \(SIGSEGV\)"), vllm(fault) as server:
+        ask(server)
+
+
+def test_a_vllm_that_hangs(vllm, monkeypatch):
+    monkeypatch.setattr(vllm_server, "ANSWER_SECONDS", 0.5)
+    fault = HEALTHY.format(fault="time.sleep(600)")
+    with pytest.raises(EngineDied, match=r"vLLM did not answer within 0\.5 s"), vllm(fault) as server:
+        ask(server)
+
+
+def test_the_client_goes_past_a_proxy(vllm, monkeypatch):
+    """It would be handed every prompt."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    answer = "self.send_response(418); self.end_headers()"
+    with vllm(HEALTHY.format(fault=answer)) as server, pytest.raises(openai.APIStatusError, match="418"):
+        ask(server)
+
+
 def test_a_dense_copy_has_the_same_weights(checkpoint, tmp_path):
     source = checkpoint()
     dense = save_dense(source, tmp_path / "dense", torch.float32)
@@ -98,7 +165,7 @@ def test_without_vllm_the_error_says_what_to_run(checkpoint, tmp_path, monkeypat
     monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "nowhere")
     with (
         pytest.raises(FileNotFoundError, match="make serve-env"),
-        serve_vllm(checkpoint().folder, tmp_path / "log", dtype="float32", context=64, sequences=1),
+        serve_vllm("model", tmp_path / "log", tokenizer="model", dtype="float32", context=64, sequences=1),
     ):
         raise AssertionError("the block must not run")
 
@@ -119,11 +186,12 @@ def test_the_real_server_answers_and_is_gone_when_the_cell_fails(tmp_path):
     quantized = rtn_model(model, QuantizeConfig(bits=4, group_size=64))
     source = save_gptq(tmp_path / "gptq", model, tokenizer, quantized, method="rtn", parent="original")
     served = servable(source, tmp_path / "served", torch.float32)
+    options = {"dtype": served.settings["dtype"], "context": 256, "sequences": 2}
     with (
         pytest.raises(ZeroDivisionError),
-        serve_vllm(served.folder, tmp_path / "log", dtype=served.settings["dtype"], context=256, sequences=2) as server,
+        serve_vllm(served.folder, tmp_path / "log", tokenizer=served.folder, **options) as server,
     ):
-        client = openai.OpenAI(base_url=server.url, api_key="unused")
+        client = server.client()
         question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
         answer = client.chat.completions.create(model="course", messages=question, temperature=0, max_tokens=12)
         assert "Paris" in answer.choices[0].message.content

@@ -575,9 +575,7 @@ def test_a_window_does_not_remember_the_one_before(save, bpe, tmp_path):
     ids = tokens(bpe)
     before = engine(ids).logits
     engine(ids.flip(1))
-    step = engine.decoder(16)
-    step()
-    step()
+    engine.latency(context=16, runs=2)
     torch.testing.assert_close(engine(ids).logits, before)
     engine.close()
 

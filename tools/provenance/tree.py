@@ -80,7 +80,7 @@ class Tree:
         if not file.is_file():
             return None
         module = Module(name, file, path.is_dir())
-        for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        for statement in ast.parse(file.read_text(encoding="utf-8"), filename=str(file)).body:
             _add(module, statement)
         return module
 

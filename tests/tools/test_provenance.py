@@ -222,6 +222,13 @@ def test_in_doubt_the_whole_module_counts(course, cell):
     assert course.parts(cell)["code"] != before
 
 
+def test_a_command_in_a_string_is_followed_and_a_message_is_not(course):
+    for cell in ("run('python -m common.server --port 1')", "run('common.server')"):
+        assert "common.server.engine.step" in course.parts(cell)["definitions"]
+    for cell in ("print('common.server')", "raise ValueError('python -m common.server')", "x = 'common.server is it'"):
+        assert course.parts(cell)["definitions"] == {}
+
+
 def test_a_local_variable_of_the_same_name_is_no_use(course):
     cell = "def f(score):\n    return score + 1\nf(1)"
     before = course.parts("from common.maths import score, other\nother(1)", cell)["definitions"]

@@ -15,7 +15,7 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 MESSAGES = ("print", "warn", "warning", "info", "debug")  # their words are no numbers
 IGNORED = {"ctx", "kind", "type_comment", "type_ignores", "lineno", "annotation", "returns"}
-COMMAND = re.compile(r"(?:^|-m )([A-Za-z_]\w*(?:\.\w+)*)(?= |$)")
+COMMAND = re.compile(r"-m ([A-Za-z_]\w*(?:\.\w+)+)")
 LOCAL = None
 
 Scope = dict[str, list[Definition | Imported] | None]
@@ -161,12 +161,17 @@ class Reader:
         if self.in_message and not self.keep_words:
             return ""
         beside = self.tree.beside(self.module, node.value) if "." in node.value else None
-        started = [self.tree.module(name) for name in COMMAND.findall(node.value) if "." in name]
+        started = [self.tree.module(name) for name in self.commands(node.value)]
         for target in [beside, *started]:
             if target:
                 self.refer(target)
                 return "@file"
         return repr(node.value)
+
+    def commands(self, text: str) -> list[str]:
+        """Dotted names that a string is, or that it hands to `python -m`; what a message says is no command."""
+        whole = [text] if text.replace(".", "").isidentifier() else []
+        return [] if self.in_message else whole + COMMAND.findall(text)
 
     def read_JoinedStr(self, node: ast.JoinedStr) -> str:
         return "(f " + " ".join(self.node(v) for v in node.values if getattr(v, "value", None) != "") + ")"

@@ -3,6 +3,9 @@
 # make test      set up, run all checks and tests
 # make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
 # make figures   set up, draw the figures of the theory documents again
+# make stale     which recordings no longer belong to their code, which edit made it so, and what waits in the ledger
+# make release-check  fails while a recording is stale or waits
+# make map       draw the tree and the order of imports
 # make notebook  set up, open JupyterLab on the chapter
 # make doctor MODEL=...  set up, look at a checkpoint (folder, .gguf file or Hub id): what it is, what is wrong, what to do
 # make loadtest  set up, serve the embedded model and load it with more and more users (4 minutes)
@@ -31,7 +34,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record check test lint docs-check figures notebook loadtest doctor tables clean
+.PHONY: setup engines serve-env try-engines interop bench labs record check test lint docs-check figures notebook loadtest doctor tables stale settle release-check map clean
 
 setup: .venv/.ready
 
@@ -101,6 +104,7 @@ labs: setup $(ENGINES)
 
 record: setup $(ENGINES)
 	$(BIN)/python -m tools.run --record $(LAB_OPTIONS)
+	$(BIN)/python -m tools.provenance settle
 	$(BIN)/python -m tools.tables render
 
 check: lint
@@ -131,6 +135,18 @@ loadtest: setup
 
 doctor: setup
 	$(BIN)/python -m tools.doctor $(or $(MODEL),embedded)
+
+stale: setup
+	$(BIN)/python -m tools.provenance
+
+settle: setup
+	$(BIN)/python -m tools.provenance settle
+
+release-check: setup
+	$(BIN)/python -m tools.provenance release
+
+map: setup
+	$(BIN)/python -m tools.map
 
 tables: setup
 	$(BIN)/python -m tools.tables render

@@ -444,7 +444,7 @@ def main(arguments: list[str] | None = None) -> Run:
             run.attempt(step, STEPS[step])
             run.say(f"took {time.perf_counter() - start:.0f} s")
             if options.record and any(r["notebook"] == run.recorder.notebook for r in read(run.recorder.file)):
-                tables.promote(run.recorder.notebook, run.recorder.file)
+                tables.promote(run.recorder.notebook, run.recorder.file, run.settings.model)
     finally:
         for build in run.builds.values():
             build.stop()

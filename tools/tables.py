@@ -13,20 +13,26 @@ from pathlib import Path
 
 from common.course.settings import ROOT, slug
 from common.measure.results import protocol_hash, read, write
+from tools import provenance
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
 REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
-def promote(notebook: str, source: Path) -> None:
-    """Make a run's records of one notebook the committed ones, in place of all it had on that device and profile."""
-    fresh = [record for record in read(source) if record["notebook"] == notebook]
+def promote(notebook: str, source: Path, model: str = "embedded", code: str = "") -> None:
+    """Make a run's records of one notebook and model the committed ones, in place of all it had on that device.
+
+    Each is stamped with `code`, the fingerprint of what measured it (default: of today's code), where it has none yet.
+    """
+    fresh = [r for r in read(source) if (r["notebook"], r["model"]) == (notebook, model)]
     if not fresh:
-        raise ValueError(f"{source.name} holds no record of notebook {notebook}.")
+        raise ValueError(f"{source.name} holds no record of notebook {notebook} with model {model}.")
+    lab, profile = fresh[0]["lab"], fresh[0]["profile"]
+    code = code or provenance.code_of(lab, notebook, profile)
     target = COMMITTED / slug(fresh[0]["device"]) / source.name
-    kept = [r for r in read(target) if (r["notebook"], r["profile"]) != (notebook, fresh[0]["profile"])]
-    write(kept + fresh, target)
+    kept = [r for r in read(target) if (r["notebook"], r["profile"]) != (notebook, profile)]
+    write(kept + [{"code": code} | record for record in fresh], target)
 
 
 def committed() -> list[dict]:
@@ -84,7 +90,20 @@ def _caption(spec: dict, chosen: list[dict]) -> str:
     span = dates[0] if len(dates) == 1 else f"{dates[0]} 至 {dates[-1]}"
     stated = dict.fromkeys("、".join(f"{k}={v}" for k, v in r["protocol"].items()) for r in chosen if r["protocol"])
     protocol = f"協定：{'；'.join(stated)}。" if stated else ""
-    return f"{spec['title']}。{protocol}來源：`results/`，{span} 執行。"
+    return f"{spec['title']}。{protocol}來源：`results/`，{span} 執行。{_mixed(chosen)}"
+
+
+def _mixed(chosen: list[dict]) -> str:
+    """A sentence where the rows are not of one code, or not of one set of libraries; "" where they are."""
+    codes: dict[tuple, set[str]] = {}
+    for r in chosen:
+        codes.setdefault((r["notebook"], r["profile"], r["device"]), set()).add(r.get("code"))
+    several = sorted({device for (_, _, device), found in codes.items() if len(found) > 1})
+    versions = {name: {r["versions"].get(name, "無") for r in chosen} for name in chosen[0]["versions"]}
+    differ = [f"{name} {' / '.join(sorted(found))}" for name, found in versions.items() if len(found) > 1]
+    said = [f"程式的指紋不只一個（{'、'.join(several)}）"] if several else []
+    said += [f"套件版本不一：{'，'.join(differ)}"] if differ else []
+    return f"⚠️ {'；'.join(said)}。" if said else ""
 
 
 def render(documents: list[Path], check: bool = False) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from common.course.environment import Usage
@@ -10,7 +9,7 @@ from common.course.settings import load_settings
 from common.measure import results
 from common.measure.benchmarking import Latency
 from common.measure.evaluation import Quality
-from tools import provenance, tables
+from tools import tables
 
 SPEC = {
     "title": "品質",
@@ -95,35 +94,6 @@ def test_render_fills_regions_and_check_writes_nothing(recorder, tmp_path, monke
     assert "old" not in text
     assert text.endswith("after\n")
     assert tables.render([document]) == []
-
-
-def notebook(*sources):
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-
-
-def test_provenance_notices_a_changed_cell_but_not_a_changed_output():
-    book = notebook("from common.course.text import load_corpus\nx = 1")
-    assert provenance.stale(book) == "it has no recorded run"
-    provenance.stamp(book, "quantization", "cpu", "CPU 2 cores", "2026-11-23")
-    assert provenance.stale(book) == ""
-    book.cells[0].outputs = [nbformat.v4.new_output("stream", text="1")]
-    assert provenance.stale(book) == ""
-    book.cells[0].source += "\nx = 2"
-    assert "cells" in provenance.stale(book)
-
-
-def test_provenance_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text('"""Doc."""\nfrom common.b import f\n\n\ndef g():\n    """Doc."""\n    return f()\n')
-    (tmp_path / "b.py").write_text("def f():\n    return 1\n")
-    (tmp_path / "c.py").write_text("x = 1\n")
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
-    book = notebook("from common.a import g")
-    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
-    (tmp_path / "c.py").write_text("x = 2\n")  # not imported
-    (tmp_path / "a.py").write_text("from common.b import f\n\n\ndef g():\n    # why\n    return f()\n")
-    assert provenance.stale(book) == ""
-    (tmp_path / "b.py").write_text("def f():\n    return 2\n")
-    assert "common" in provenance.stale(book)
 
 
 def test_a_run_begins_without_its_own_old_figures_and_keeps_those_of_others(recorder):
@@ -229,37 +199,6 @@ def test_the_command_fails_where_a_document_is_out_of_date(monkeypatch, capsys, 
     assert "README.md" in capsys.readouterr().out
 
 
-def test_provenance_notices_a_changed_number_that_the_notebook_uses(monkeypatch):
-    book = notebook("print(settings.nsamples)")
-    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
-    values = provenance.profile_values("quantization", "cpu")
-    for name, message in (("nsamples", "numbers"), ("seed", "numbers"), ("sweep_steps", "")):
-        monkeypatch.setattr(provenance, "profile_values", lambda *_, name=name: values | {name: -1})
-        assert message in provenance.stale(book) and bool(provenance.stale(book)) == bool(message)
-
-
-def test_provenance_sees_modules_and_packages_that_are_imported_whole(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text("x = 1\n")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "part.py").write_text("x = 1\n")
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
-    for code, file in (("from common import a", "a.py"), ("from common.b import x", "b/part.py")):
-        book = notebook(code)
-        provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
-        assert provenance.stale(book) == ""
-        (tmp_path / file).write_text("x = 2\n")
-        assert "common" in provenance.stale(book)
-
-
-def test_provenance_is_that_of_the_code_not_of_its_parameters_or_text():
-    book = notebook('PROFILE = "cpu"', "x = 1")
-    book.cells[0].metadata["tags"] = ["parameters"]
-    provenance.stamp(book, "quantization", "cpu", "d", "2026-11-23")
-    book.cells[0].source = 'PROFILE = "gpu"'
-    book.cells.append(nbformat.v4.new_markdown_cell("text"))
-    assert provenance.stale(book) == ""
-
-
 def test_finish_notes_time_and_memory_in_their_units(recorder, monkeypatch):
     monkeypatch.setattr(results, "usage", lambda: Usage(seconds=12.0, memory_bytes=3 * 2**30, gpu_bytes=0))
     recorder.finish()
@@ -280,3 +219,39 @@ def test_latency_is_stored_in_milliseconds_with_how_it_was_measured(recorder):
     protocol = {"context": recorder.settings.context_tokens, "batch": 1, "cuda graph": False}
     assert stored == {"tpot-p50": (2.0, "ms", 3, protocol), "tpot-p100": (9.0, "ms", 3, protocol)}
     assert recorder.decoding(8) == protocol | {"batch": 8}
+
+
+def test_promoted_figures_carry_their_code_and_are_of_the_recorded_model_only(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(tables.provenance, "code_of", lambda *what: " ".join(what))
+    perplexity(recorder, "gptq", 14.0)
+    (record,) = results.read(recorder.file)
+    results.merge(
+        [record | {"model": "a/b", "value": 99.0}, record | {"artifact": "old", "code": "before"}], recorder.file
+    )
+    tables.promote("03-Inference", recorder.file)
+    assert {(r["artifact"], r["model"], r["code"]) for r in tables.committed()} == {
+        ("gptq", "embedded", "quantization 03-Inference cpu"),
+        ("old", "embedded", "before"),
+    }
+    tables.promote("03-Inference", recorder.file, model="a/b", code="elsewhere")
+    assert [(r["value"], r["code"]) for r in tables.committed()] == [(99.0, "elsewhere")]
+    with pytest.raises(ValueError, match="with model c/d"):
+        tables.promote("03-Inference", recorder.file, model="c/d")
+
+
+def test_a_table_says_where_its_rows_are_not_of_one_code_or_one_set_of_libraries(recorder):
+    perplexity(recorder, "original", 12.66)
+    perplexity(recorder, "gptq", 14.14)
+    first, second = (r | {"code": "a"} for r in results.read(recorder.file))
+    assert "⚠️" not in tables.render_table(SPEC, [first, second])
+    line = tables.render_table(SPEC, [first, second | {"code": "b"}]).splitlines()[-1]
+    assert f"⚠️ 程式的指紋不只一個（{first['device']}）。" in line
+    other = second | {"versions": second["versions"] | {"torch": "1.0"}}
+    assert f"⚠️ 套件版本不一：torch 1.0 / {first['versions']['torch']}。" in tables.render_table(SPEC, [first, other])
+
+
+def test_every_committed_record_says_which_code_and_versions_made_it():
+    records = tables.committed()
+    assert records
+    assert not [r for r in records if not r["code"] or not r["versions"].get("torch")]

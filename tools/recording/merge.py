@@ -9,6 +9,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import nbformat
+
 from common.course.settings import CHAPTER
 from common.measure import results
 from tools import tables
@@ -27,11 +29,12 @@ def merge(archive: Path) -> list[str]:
             holders = [s for s in sources if any(r["notebook"] == notebook.stem for r in results.read(s))]
             if len(holders) != 1:
                 raise FileNotFoundError(f"{notebook.stem}: {len(holders)} files hold its figures, one is needed.")
-            tables.promote(notebook.stem, holders[0])
+            code = nbformat.read(notebook, as_version=4).metadata["provenance"]["code"]  # of where it was recorded
+            tables.promote(notebook.stem, holders[0], code=code)
             shutil.copy(notebook, CHAPTER / notebook.parent.name / notebook.name)
             merged.append(f"{notebook.parent.name}/{notebook.name}")
     return merged
 
 
 if __name__ == "__main__":
-    print("\n".join(merge(Path(sys.argv[1]))), "\nNow: make tables figures test")
+    print("\n".join(merge(Path(sys.argv[1]))), "\nNow: make settle tables figures test")

@@ -1,0 +1,35 @@
+"""What is stale, which edit made it so, and what waits for its recording.
+
+python -m tools.provenance            show it
+python -m tools.provenance settle     take out of the ledger what has been recorded since
+python -m tools.provenance release    exit 1 while anything is stale or waits
+"""
+
+import argparse
+import sys
+
+from common.course.settings import CHAPTER
+from tools import tables
+from tools.provenance import ledger
+from tools.provenance.fingerprint import read_notebook
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Which recordings no longer belong to their code.")
+    parser.add_argument("command", nargs="?", default="show", choices=["show", "settle", "release"])
+    command = parser.parse_args().command
+    if command == "settle":
+        print("\n".join(f"✅ recorded: {name}" for name in ledger.settle(tables.committed())) or "nothing to settle")
+        return 0
+    reasons = {}
+    for file in sorted(CHAPTER.glob("*/*.ipynb")):
+        reason = ledger.stale(read_notebook(file))
+        reasons[file] = reason
+        print(f"{'❌' if reason else '✅'} {file.parent.name}/{file.stem}{': ' if reason else ''}{reason}")
+    waiting = ledger.report(ledger.load())
+    print("\n".join(waiting or ["Nothing waits."]))
+    return int(command == "release" and bool(waiting or any(reasons.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,8 @@ def keep_layers(config, kept: list[int]) -> None:
             changes[name] = [place[index] for index in value if index in place]
         elif name in FIRST_LAYERS and value is not None:
             changes[name] = sum(index < value for index in kept)
+        elif name == "moe_layer_end_index" and value >= 0:  # Ernie: the last one with experts; -1 is the last of all
+            changes[name] = sum(index <= value for index in kept) - 1
         elif any(word in name for word in NOT_OF_LAYERS):
             continue
         elif isinstance(value, list | tuple) and len(value) == layers:

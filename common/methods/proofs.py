@@ -1,5 +1,6 @@
 """Proofs, on a few tokens, that the model which a step hands on is the model that it meant."""
 
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,9 +50,11 @@ def from_configuration(model: nn.Module, config=None) -> nn.Module:
     not fit the weights, or a module's settings: a window, rotary positions or none, the kind of a block.
     """
     name, config = type(model).__name__, config or model.config
-    config = type(config).from_dict(config.to_dict())  # as it is after it was written and read
-    config._attn_implementation = model.config._attn_implementation
     try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            config = type(config).from_pretrained(folder)
+        config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):
             described = type(model)(config).eval()
     except Exception as error:  # whatever a family makes of a configuration that it cannot be

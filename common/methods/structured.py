@@ -100,7 +100,8 @@ def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:
                 model,
                 example,
                 output_transform=lambda output: output.logits,
-                unwrapped_parameters=[(p, 0) for p in model.parameters() if p.dim() == 1],  # norms: not of nn's own
+                # Norms, which are not of nn's own; a single number, as Apertus' activation has, loses nothing.
+                unwrapped_parameters=[(p, 0) for p in model.parameters() if p.dim() == 1 < p.numel()],
             )
     except Exception as error:
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}, so it cannot be narrowed.") from error

@@ -15,6 +15,8 @@ from common.methods.blocks import Statistic, decoder_blocks, iter_linears
 from common.methods.layer_lists import keep_layers
 from common.methods.proofs import require_same_from_configuration
 
+LAYER_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # of a module; families name it differently
+
 
 @torch.no_grad()
 def block_influence(model: nn.Module, windows: Tensor) -> list[float]:
@@ -57,8 +59,9 @@ def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
     parts = [remaining[index] for index in kept]
     for index, block in enumerate(parts):
         for module in block.modules():
-            for number in {"layer_idx", "layer_id"} & vars(module).keys():
-                setattr(module, number, index)  # where this block's keys and values lie in the cache
+            for name in LAYER_NUMBER & vars(module).keys():
+                if getattr(module, name) is not None:
+                    setattr(module, name, index)  # where this block's keys and values lie in the cache
     del remaining[:]
     remaining.extend(parts)
     keep_layers(smaller.config.get_text_config(), kept)
@@ -94,14 +97,16 @@ def narrow_ffn(model: nn.Module, width: int, statistics: dict[str, Statistic]) -
 def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:
     """Which layers lose rows or columns together. ValueError for families that torch-pruning cannot trace."""
     example = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=model.device), "use_cache": False}
+    # Norms are not of nn's own; a single number, as Apertus' activation has, loses nothing.
+    others = (module for module in model.modules() if not isinstance(module, nn.Linear))
+    norms = [p for module in others for p in module.parameters(recurse=False) if p.dim() == 1 < p.numel()]
     try:
         with torch.enable_grad():
             return torch_pruning.DependencyGraph().build_dependency(
                 model,
                 example,
                 output_transform=lambda output: output.logits,
-                # Norms, which are not of nn's own; a single number, as Apertus' activation has, loses nothing.
-                unwrapped_parameters=[(p, 0) for p in model.parameters() if p.dim() == 1 < p.numel()],
+                unwrapped_parameters=[(p, 0) for p in norms],
             )
     except Exception as error:
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}, so it cannot be narrowed.") from error

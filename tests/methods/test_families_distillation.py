@@ -43,7 +43,13 @@ FAMILIES = {
         {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "sliding_window": 8, "head_dim": 16},
         *(RIGHT, RIGHT, RIGHT, RIGHT),
     ),
-    "minicpm3": (LATENT | {"dim_model_base": 16}, RIGHT, RIGHT, REFUSED, RIGHT),  # residuals scaled by 1/√layers
+    "minicpm3": (
+        LATENT | {"dim_model_base": 16},
+        RIGHT,
+        RIGHT,
+        REFUSED,
+        REFUSED,
+    ),  # residuals scaled by depth; not traced
     "phi": ({}, RIGHT, RIGHT, RIGHT, REFUSED),  # fc1 and fc2
     "nemotron": ({}, RIGHT, RIGHT, RIGHT, RIGHT),
     "diffllama": ({}, RIGHT, RIGHT, REFUSED, RIGHT),  # a number in each attention depends on its depth

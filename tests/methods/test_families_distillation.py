@@ -49,7 +49,7 @@ FAMILIES = {
         RIGHT,
         REFUSED,
         REFUSED,
-    ),  # residuals scaled by depth; not traced
+    ),
     "phi": ({}, RIGHT, RIGHT, RIGHT, REFUSED),  # fc1 and fc2
     "nemotron": ({}, RIGHT, RIGHT, RIGHT, RIGHT),
     "diffllama": ({}, RIGHT, RIGHT, REFUSED, RIGHT),  # a number in each attention depends on its depth

@@ -75,7 +75,8 @@ def save(
 ) -> Artifact:
     """Let `write(path)` fill a new folder, describe it, and put it in place of `folder`.
 
-    It is written aside and renamed when complete: an interruption leaves the previous artifact or none, never half.
+    It is written aside and renamed when complete: an interruption leaves the previous artifact or none, never half,
+    and what fails leaves nothing.
     Raises OSError before writing when the disk has less than `expected_bytes` free.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,11 @@ def save(
     new, old = _aside(folder, "new"), _aside(folder, "old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    write(new)
+    try:
+        write(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     files = _weight_files(new)
     description = {
         "method": method,

@@ -1,6 +1,7 @@
 """Work captured once in a CUDA graph and replayed: a GPU does small steps faster than Python can ask for them."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,23 @@ AttentionInterface.register("causal", sdpa_attention_forward)
 AttentionMaskInterface.register("causal", lambda *_, **__: None)
 
 
+@contextmanager
+def using_attention(model: nn.Module, implementation: str):
+    """The model with another implementation of attention, for as long as the context lasts."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
 class Body(nn.Module):
     """A causal LM without its head, for windows without padding: ids [batch, seqlen] → hidden states."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.base = model.base_model
+        self.base = model.base_model if model.base_model is not model else model.model  # Llama 4 misnames its own
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.base(input_ids=ids, use_cache=False).last_hidden_state
@@ -59,9 +71,5 @@ def graphed_body(model: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     body = Body(model).train(model.training)
     if ids.device.type != "cuda":
         return body
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("causal")
-    try:
+    with using_attention(model, "causal"):
         return torch.cuda.make_graphed_callables(body, (ids.clone(),))
-    finally:
-        model.set_attn_implementation(usual)

@@ -56,7 +56,10 @@ def evaluate(
         if keep is not None and number < keep.windows:
             keep.logits.append(logits.cpu())
         if against is not None and number < len(against.logits):
-            original = F.log_softmax(against.logits[number].to(ids.device).float(), dim=-1)
+            rows = min(logits.shape[-1], against.logits[number].shape[-1])  # one tokenizer, padded differently
+            original = F.log_softmax(against.logits[number][:, :rows].to(ids.device).float(), dim=-1)
+            if rows < log_probs.shape[-1]:
+                log_probs = log_probs[:, :rows].log_softmax(-1)
             divergences.append(F.kl_div(log_probs, original, log_target=True, reduction="sum").item() / len(logits))
             agreements.append((original.argmax(-1) == log_probs.argmax(-1)).float().mean().item())
     loss = torch.tensor(losses, dtype=torch.float64)

@@ -9,15 +9,18 @@ At high temperatures softening divides the gradient by T twice; T² gives it bac
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from common.measure.cuda_graph import using_attention
 from common.methods.blocks import decoder_blocks
-from common.methods.head_loss import log_softmax
+from common.methods.head_loss import common_rows, log_softmax
+from common.methods.proofs import evaluating, few_tokens
 from common.methods.structured import drop_blocks
 
 
@@ -53,9 +56,8 @@ def student_from_teacher(teacher: nn.Module, keep: list[int]) -> nn.Module:
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(p_T ‖ q_T), summed over tokens. Both logits are [tokens, vocabulary]."""
-    log_q = log_softmax(student_logits, temperature)
-    log_p = log_softmax(teacher_logits, temperature)
+    """T² · KL(p_T ‖ q_T), summed over tokens. Both logits are [tokens, vocabulary]; their common rows are compared."""
+    log_q, log_p = (log_softmax(z, temperature) for z in common_rows(student_logits, teacher_logits))
     return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
@@ -76,29 +78,87 @@ def distillation_loss(cross_entropy: Tensor, divergence: Tensor, alpha: float) -
     return alpha * cross_entropy + (1 - alpha) * divergence
 
 
+class _Seen(Exception):
+    """Ends a forward pass in an attention layer, with what the model called its attention with."""
+
+
+def _look(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
+    raise _Seen(module, query, key, value, attention_mask, scaling, others)
+
+
+# Every family hands its queries and keys to this interface after norms and rotary positions, with its own scaling,
+# mask (a window, where attention slides) and soft cap.
+AttentionInterface.register("look", _look)
+AttentionMaskInterface.register("look", AttentionMaskInterface()["eager"])
+
+
 def last_relations(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """MiniLM's two relations in the last block, as log-probabilities [batch, heads, seqlen, seqlen].
 
     hidden: what enters that block [batch, seqlen, hidden]. The first is its attention, the second the same of its
-    values with themselves. For attention of Llama's kind: rotary positions, grouped keys and values repeated.
+    values with themselves. Both are computed by the model's own attention. Raises ValueError where it cannot be seen.
     """
-    block = decoder_blocks(model)[-1]
-    attention, hidden = block.self_attn, block.input_layernorm(hidden)
-    batch, seqlen, _ = hidden.shape
-    project = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (p(hidden).view(batch, seqlen, -1, attention.head_dim).transpose(1, 2) for p in project)
-    positions = torch.arange(seqlen, device=hidden.device)[None]
-    q, k = apply_rotary_pos_emb(q, k, *model.base_model.rotary_emb(v, positions))
-    groups = q.shape[1] // k.shape[1]
-    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-    return _relation(q, k), _relation(v, v)
+    module, query, key, value, mask, scaling, others = _last_attention(model, hidden)
+    attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if attend is None or mask is None or mask.shape[-2:] != query.shape[-2:-1] + key.shape[-2:-1]:
+        raise ValueError(_unseen(model))
+    values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)  # a head of values for each of queries
+    with torch.autocast(hidden.device.type, enabled=False):
+        query, key, value, values, mask = (tensor.float() for tensor in (query, key, value, values, mask))
+        attention = attend(module, query, key, value, mask, scaling=scaling, dropout=0.0, **others)[1]
+        relation = attend(module, values, value, value, mask, scaling=value.shape[-1] ** -0.5, dropout=0.0)[1]
+    tiny = torch.finfo(torch.float32).tiny  # not 0: 0 · ∞ would be NaN in the divergence
+    return attention.clamp_min(tiny).log(), relation.clamp_min(tiny).log()
 
 
-def _relation(a: Tensor, b: Tensor) -> Tensor:
-    """log softmax(a·bᵀ / √d) over the tokens up to one's own: a, b [batch, heads, seqlen, d]."""
-    scores = (a @ b.transpose(-1, -2)).float() / math.sqrt(a.shape[-1])
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(later, -1e9).log_softmax(-1)  # not -inf: 0 · ∞ would be NaN in the divergence
+def _last_attention(model: nn.Module, hidden: Tensor) -> tuple:
+    """What the last block's attention is called with when `hidden` enters the block; the blocks before are skipped."""
+    *before, last = decoder_blocks(model)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+
+    def enter(_, args, kwargs):
+        return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+
+    handle = last.register_forward_pre_hook(enter, with_kwargs=True)
+    for block in before:
+        block.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        with using_attention(model, "look"):
+            model(input_ids=ids, use_cache=False)
+    except _Seen as seen:
+        return seen.args
+    finally:
+        handle.remove()
+        for block in before:
+            del block.forward
+    raise ValueError(_unseen(model))
+
+
+def _unseen(model: nn.Module) -> str:
+    return (
+        f"The last block of {type(model).__name__} does not show its attention (no softmax attention through "
+        "transformers' attention interface), so MiniLM cannot compare it. Set minilm = 0, or choose another family."
+    )
+
+
+def require_relations(model: nn.Module) -> None:
+    """Raise ValueError unless `last_relations` gives the attention that the model itself returns, on a few tokens."""
+    ids = few_tokens(model)
+    try:
+        with evaluating(model), using_attention(model, "eager"):
+            out = model(input_ids=ids, use_cache=False, output_hidden_states=True, output_attentions=True)
+            theirs, ours = out.attentions[-1].float(), last_relations(model, out.hidden_states[-2])[0].exp()
+        difference, excess = (theirs - ours).abs().max(), (ours.sum(-1) - 1).abs().max()
+    except Exception as error:  # whatever a family does otherwise
+        raise ValueError(_unseen(model)) from error
+    limit = max(1e-5, 4 * torch.finfo(out.attentions[-1].dtype).eps)  # of probabilities
+    if not difference <= limit:
+        raise ValueError(_unseen(model))
+    if not excess <= limit:
+        raise ValueError(
+            f"The attention of {type(model).__name__} does not add up to one (attention sinks), so MiniLM's KL "
+            "divergence means nothing for it. Set minilm = 0, or choose another family."
+        )
 
 
 def minilm_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:

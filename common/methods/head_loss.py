@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.methods.output_head import OutputHead
+
 CHUNK = 2048  # tokens whose logits are held at once; changes memory, not the result
 
 # Logits [tokens, vocabulary] and more, a row per token → loss summed over tokens, its gradient with the logits' shape.
@@ -28,6 +30,12 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=dtype)
 
 
+def common_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits without what only one model has: models of one tokenizer pad their vocabularies differently."""
+    rows = min(a.shape[-1], b.shape[-1])
+    return a[..., :rows], b[..., :rows]
+
+
 def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with labels [tokens]; its gradient is prediction - answer."""
     log_q, answers = log_softmax(logits), labels[:, None]
@@ -37,10 +45,13 @@ def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`common.methods.distillation.kd_loss`; its gradient is T · (student - teacher)."""
-    log_q, log_p = log_softmax(logits, temperature), log_softmax(teacher_logits, temperature)
+    """`common.methods.distillation.kd_loss`; its gradient is T · (student - teacher), 0 outside the common rows."""
+    log_q, log_p = (log_softmax(z, temperature) for z in common_rows(logits, teacher_logits))
     loss = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    return loss, log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
+    gradient = log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
+    if outside := logits.shape[-1] - gradient.shape[-1]:
+        gradient = F.pad(gradient, (0, outside))
+    return loss, gradient
 
 
 def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -61,29 +72,34 @@ def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temper
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, loss_and_gradient, *per_token):
-        total, to_hidden = 0.0, torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    def forward(ctx, hidden, weight, bias, head, loss_and_gradient, *per_token):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total, to_hidden, to_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         chunks = zip(hidden.split(CHUNK), to_hidden.split(CHUNK), *(t.split(CHUNK) for t in per_token), strict=True)
         for inputs, to_inputs, *slices in chunks:
-            loss, gradient = loss_and_gradient(inputs @ weight.T, *slices)
-            gradient = gradient.to(weight.dtype)
+            logits = head(inputs)
+            loss, gradient = loss_and_gradient(logits, *slices)
+            gradient = head.before(gradient, logits).to(weight.dtype)
             torch.mm(gradient, weight, out=to_inputs)
             to_weight += gradient.T @ inputs
+            if to_bias is not None:
+                to_bias += gradient.sum(0, dtype=wide)
             total = total + loss
-        ctx.save_for_backward(to_hidden, to_weight)
-        ctx.others = len(per_token) + 1
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        ctx.others = len(per_token) + 2
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        to_hidden, to_weight = ctx.saved_tensors
-        return to_hidden.to(scale.dtype) * scale, to_weight * scale, *[None] * ctx.others  # autograd rounds them
+        to_hidden, *to_head = ctx.saved_tensors
+        to_head = (None if gradient is None else gradient * scale for gradient in to_head)
+        return to_hidden.to(scale.dtype) * scale, *to_head, *[None] * ctx.others  # autograd rounds them
 
 
-def head_loss(hidden: Tensor, weight: Tensor, loss_and_gradient: LossAndGradient, *per_token: Tensor) -> Tensor:
-    """Sum of `loss_and_gradient(hidden @ weight.T, *per_token)` over tokens, CHUNK of them at a time.
+def head_loss(hidden: Tensor, head: OutputHead, loss_and_gradient: LossAndGradient, *per_token: Tensor) -> Tensor:
+    """Sum of `loss_and_gradient(head(hidden), *per_token)` over tokens, CHUNK of them at a time.
 
-    hidden [tokens, hidden], weight [vocabulary, hidden], both of the type to compute in; per_token: a row per token.
+    hidden [tokens, hidden], of the type to compute in, as is the head; per_token: a row per token.
     """
-    return _HeadLoss.apply(hidden, weight, loss_and_gradient, *per_token)
+    return _HeadLoss.apply(hidden, head.weight, head.bias, head, loss_and_gradient, *per_token)

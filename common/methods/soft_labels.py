@@ -79,7 +79,9 @@ def make_soft_labels(
     """
     if len(windows) == 0:
         raise ValueError("There are no windows to label: the dataset is empty.")
-    vocabulary, shape = teacher.config.vocab_size, (len(windows), windows.shape[1] - 1)
+    # Rows beyond the tokenizer's are padding, and a student with the same tokenizer may have fewer of them.
+    vocabulary = min(teacher.config.get_text_config().vocab_size, 1 + max(tokenizer.get_vocab().values()))
+    shape = len(windows), windows.shape[1] - 1
     if not 0 < k < vocabulary:
         raise ValueError(f"top_k must lie between 1 and {vocabulary - 1}, got {k}.")
     description = fingerprint(teacher, tokenizer, windows) | {
@@ -107,7 +109,7 @@ def make_soft_labels(
     for start in range(state["done"], len(windows), batch_size):
         batch = windows[start : start + batch_size].to(teacher.device)
         stop = start + len(batch)
-        logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1]
+        logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1, :vocabulary]
         for row, one in enumerate(logits, start=start):
             top_ids, top_log_probs = top_k_and_tail(one, k, temperature)
             ids[row], log_probs[row] = top_ids.cpu().numpy(), top_log_probs.cpu().numpy()

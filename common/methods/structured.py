@@ -11,7 +11,11 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.methods.blocks import Statistic, decoder_blocks
+from common.methods.blocks import Statistic, decoder_blocks, iter_linears
+from common.methods.layer_lists import keep_layers
+from common.methods.proofs import require_same_from_configuration
+
+LAYER_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # of a module; families name it differently
 
 
 @torch.no_grad()
@@ -41,7 +45,10 @@ def block_influence(model: nn.Module, windows: Tensor) -> list[float]:
 
 
 def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
-    """A copy of `model` without the blocks numbered in `dropped`; ValueError when it has no such block, or no other."""
+    """A copy of `model` without the blocks numbered in `dropped`, its configuration cut likewise.
+
+    Raises ValueError when it has no such block, or no other, and for families whose configuration cannot say it.
+    """
     blocks = decoder_blocks(model)
     unknown = set(dropped) - set(range(len(blocks)))
     if unknown or len(set(dropped)) == len(blocks):
@@ -52,14 +59,13 @@ def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
     parts = [remaining[index] for index in kept]
     for index, block in enumerate(parts):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # where this block's keys and values lie in the cache
+            for name in LAYER_NUMBER & vars(module).keys():
+                if getattr(module, name) is not None:
+                    setattr(module, name, index)  # where this block's keys and values lie in the cache
     del remaining[:]
     remaining.extend(parts)
-    config = smaller.config.get_text_config()
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
+    keep_layers(smaller.config.get_text_config(), kept)
+    require_same_from_configuration(smaller)
     return smaller
 
 
@@ -70,27 +76,54 @@ def narrow_ffn(model: nn.Module, width: int, statistics: dict[str, Statistic]) -
     A unit's score is ‖column of down_proj‖₂ · ‖its activations‖₂, the norm of its outgoing weights' Wanda scores.
     torch-pruning finds what has to go with a unit: its rows of gate_proj and up_proj, its column of down_proj.
     statistics: of the inputs of every `down_proj`, with `.norms` (`common.methods.blocks.collect`).
+    Raises ValueError for families that have other feed-forward layers.
     """
     smaller = copy.deepcopy(model)
-    hidden = smaller.config.get_text_config().intermediate_size
+    layers, hidden = _feed_forward(smaller, statistics), smaller.config.get_text_config().intermediate_size
     if not 0 < width <= hidden:
         raise ValueError(f"width must lie between 1 and the present {hidden} hidden units, got {width}.")
-    example = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=smaller.device), "use_cache": False}
-    with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            smaller,
-            example,
-            output_transform=lambda output: output.logits,
-            unwrapped_parameters=[(p, 0) for p in smaller.parameters() if p.dim() == 1],  # norms: not of nn's own
-        )
-    modules = dict(smaller.named_modules())
-    for name, statistic in statistics.items():
-        if not name.endswith("down_proj"):
-            continue
-        down, gate = modules[name], modules[name.replace("down_proj", "gate_proj")]
-        score = down.weight.float().norm(dim=0) * statistic.norms
+    graph = _dependencies(smaller)
+    for name, down, entrance in layers:
+        vars(smaller.get_submodule(name.rpartition(".")[0])).update(intermediate_size=width)
+        score = down.weight.float().norm(dim=0) * statistics[name].norms
         dropped = score.argsort()[: hidden - width].tolist()
         if dropped:
-            graph.get_pruning_group(gate, torch_pruning.prune_linear_out_channels, dropped).prune()
+            graph.get_pruning_group(entrance, torch_pruning.prune_linear_out_channels, dropped).prune()
     smaller.config.get_text_config().intermediate_size = width
+    require_same_from_configuration(smaller)
     return smaller
+
+
+def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:
+    """Which layers lose rows or columns together. ValueError for families that torch-pruning cannot trace."""
+    example = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=model.device), "use_cache": False}
+    # Norms are not of nn's own; a single number, as Apertus' activation has, loses nothing.
+    others = (module for module in model.modules() if not isinstance(module, nn.Linear))
+    norms = [p for module in others for p in module.parameters(recurse=False) if p.dim() == 1 < p.numel()]
+    try:
+        with torch.enable_grad():
+            return torch_pruning.DependencyGraph().build_dependency(
+                model,
+                example,
+                output_transform=lambda output: output.logits,
+                unwrapped_parameters=[(p, 0) for p in norms],
+            )
+    except Exception as error:
+        raise ValueError(f"torch-pruning cannot trace {type(model).__name__}, so it cannot be narrowed.") from error
+
+
+def _feed_forward(model: nn.Module, statistics: dict[str, Statistic]) -> list[tuple[str, nn.Linear, nn.Linear]]:
+    """Of every block: name of its down_proj, that layer, and one that feeds it. ValueError unless each has just one."""
+    linears, width = dict(iter_linears(model)), getattr(model.config.get_text_config(), "intermediate_size", None)
+    layers = []
+    for name, down in linears.items():
+        feeding = [linears.get(name.removesuffix("down_proj") + part) for part in ("gate_proj", "up_proj")]
+        entrance = next((linear for linear in feeding if linear is not None), None)
+        if name.endswith("down_proj") and name in statistics and entrance is not None and down.in_features == width:
+            layers.append((name, down, entrance))
+    if len(layers) != len(decoder_blocks(model)):
+        raise ValueError(
+            f"The feed-forward layers of {type(model).__name__} cannot be narrowed: that takes one down_proj in each "
+            "block with an up_proj before it, all as wide as the configuration says (no experts, no fused layers)."
+        )
+    return layers

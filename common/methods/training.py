@@ -13,10 +13,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from common.course import artifacts
-from common.measure.cuda_graph import graphed_body
+from common.measure.cuda_graph import Body, graphed_body
 from common.measure.evaluation import Baseline, evaluate
-from common.methods.distillation import distillation_loss, last_relations, minilm_loss
+from common.methods.distillation import distillation_loss, last_relations, minilm_loss, require_relations
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
+from common.methods.output_head import output_head, require_output_head
+from common.methods.proofs import require_same_when_loaded
 from common.methods.soft_labels import SoftLabels
 
 
@@ -82,15 +84,21 @@ class DistillationTrainer(Trainer):
                 f"The soft labels were made at temperature {data.soft_labels.temperature}, training asks for "
                 f"{objective.temperature}: make them again (02-Prepare_Data) or train at their temperature."
             )
+        if objective.minilm and teacher is None:
+            raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
+        require_saveable(student)
+        for model in (student,) if teacher is None else (student, teacher):
+            require_output_head(model)
+            if objective.minilm:
+                require_relations(model)
         datasets = {"train_dataset": data, "eval_dataset": valid}
+        arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
         super().__init__(student, arguments, data_collator=data.collate, callbacks=[Guard, Progress], **datasets)
         self.remove_callback(PrinterCallback)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against
         self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch already
-        if objective.minilm and teacher is None:
-            raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
 
     def autocast(self):
         wanted = self.compute_dtype != torch.float32
@@ -115,9 +123,8 @@ class DistillationTrainer(Trainer):
             soft = inputs["top_ids"].flatten(0, 1), inputs["log_probs"].flatten(0, 1)
         elif self.objective.alpha < 1:
             soft = (taught,)
-        weight = model.get_output_embeddings().weight
-        both = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
-        total = head_loss(*both, self._loss_and_gradient, labels, *soft) / len(labels)
+        head = output_head(model).to(self.compute_dtype)
+        total = head_loss(hidden.to(self.compute_dtype), head, self._loss_and_gradient, labels, *soft) / len(labels)
         if self.objective.minilm:
             total = total + self.objective.minilm * minilm_loss(relations, teacher_relations)
         return total
@@ -130,7 +137,7 @@ class DistillationTrainer(Trainer):
         if len(soft) == 2:
             divergence, gradient = top_k_kd_and_gradient(logits, *soft, temperature)
         else:
-            divergence, gradient = kd_and_gradient(logits, self.teacher.get_output_embeddings()(*soft), temperature)
+            divergence, gradient = kd_and_gradient(logits, output_head(self.teacher)(*soft), temperature)
         if not alpha:
             return divergence, gradient
         hard, to_answer = cross_entropy_and_gradient(logits, labels)
@@ -139,7 +146,7 @@ class DistillationTrainer(Trainer):
     def _forward(self, model, ids: Tensor) -> tuple[Tensor, tuple | None]:
         """Last hidden states of every position that predicts a token [tokens, hidden], and MiniLM's relations."""
         if self.objective.minilm:
-            out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+            out = Body(model).base(input_ids=ids, use_cache=False, output_hidden_states=True)
             hidden, relations = out.last_hidden_state, last_relations(model, out.hidden_states[-2])
         else:
             if model not in self.bodies:
@@ -242,14 +249,33 @@ def history(trainer: Trainer, key: str) -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
 
 
+def require_saveable(model: nn.Module) -> None:
+    """Raise ValueError when transformers would refuse to save the model's generation settings: it does so last."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"The generation settings of {type(model).__name__} cannot be saved, so nothing made of it could be. "
+            f"Change model.generation_config first (sampling values need do_sample=True). transformers says: {error}"
+        ) from None
+
+
 def save_student(
     folder: Path, student: nn.Module, tokenizer, *, method: str, settings: dict, parent: str
 ) -> artifacts.Artifact:
-    """Save a trained model with its tokenizer, in bfloat16: the precision that it will be used in."""
+    """Save a trained model with its tokenizer, in bfloat16: the precision that it will be used in.
+
+    Raises ValueError, and saves nothing, when what would be loaded is another model.
+    """
+    require_saveable(student)
 
     def write(path: Path) -> None:
-        copy.deepcopy(student).to("cpu", torch.bfloat16).save_pretrained(path)
+        saved = copy.deepcopy(student).to("cpu", torch.bfloat16)
+        if saved.get_output_embeddings().weight is not saved.get_input_embeddings().weight:
+            saved.config.tie_word_embeddings = False  # else loaders may throw the head away
+        saved.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        require_same_when_loaded(path, student)
 
     size = 2 * sum(p.numel() for p in student.parameters())
     return artifacts.save(folder, write, method=method, settings=settings, parent=parent, expected_bytes=size)

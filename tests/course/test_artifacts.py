@@ -81,6 +81,7 @@ def test_a_writer_that_fails_leaves_the_previous_artifact(folder, error):
 
     with pytest.raises(error):
         artifacts.save(folder, fail, **DESCRIBED)
+    assert list(folder.parent.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         artifacts.load(folder)
     saved = artifacts.save(folder, writer(1), **DESCRIBED)

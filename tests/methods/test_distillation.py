@@ -27,6 +27,7 @@ from common.methods.distillation import (
     top_k_kd_loss,
 )
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
+from common.methods.output_head import OutputHead
 from common.methods.soft_labels import fingerprint, load_soft_labels, make_soft_labels, top_k_and_tail
 
 shapes = st.tuples(st.integers(1, 5), st.integers(3, 40))
@@ -197,7 +198,7 @@ def test_head_loss_is_the_loss_of_the_logits_whatever_the_chunk(monkeypatch, chu
     labels = torch.randint(7, (10,))
     expected = F.cross_entropy(hidden @ weight.T, labels)
     monkeypatch.setattr(head_loss_module, "CHUNK", chunk)
-    loss = head_loss(hidden, weight, cross_entropy_and_gradient, labels) / 10
+    loss = head_loss(hidden, OutputHead(weight), cross_entropy_and_gradient, labels) / 10
     torch.testing.assert_close(loss, expected)
     for a, b in zip(*(torch.autograd.grad(one, (hidden, weight)) for one in (loss, expected)), strict=True):
         torch.testing.assert_close(a, b)
@@ -422,7 +423,7 @@ def test_head_gradients_of_16_bits_are_summed_in_float32(monkeypatch):
     weight = torch.zeros(7, 4).bfloat16().requires_grad_()
     monkeypatch.setattr(head_loss_module, "CHUNK", 2)
     labels = torch.zeros(2000, dtype=torch.long)
-    (gradient,) = torch.autograd.grad(head_loss(hidden, weight, cross_entropy_and_gradient, labels), weight)
+    (gradient,) = torch.autograd.grad(head_loss(hidden, OutputHead(weight), cross_entropy_and_gradient, labels), weight)
     expected = (1 / 7 - torch.eye(7)[labels]).T.bfloat16().float() @ hidden.float()
     torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=0)
 
@@ -430,7 +431,9 @@ def test_head_gradients_of_16_bits_are_summed_in_float32(monkeypatch):
 def test_a_large_vocabularys_ids_are_kept_whole(tmp_path, make_llama, tokenizer, windows):
     """uint16 ends at 65,535; Llama 3 has twice as many tokens."""
     teacher = make_llama(vocab_size=70_000, num_hidden_layers=1, hidden_size=32)
-    made = make(tmp_path, teacher, tokenizer, windows[:1])
+    large = copy.deepcopy(tokenizer)
+    large.add_tokens([f"<{number}>" for number in range(70_000 - 256)])
+    made = make(tmp_path, teacher, large, windows[:1])
     expected, _ = top_k_and_tail(teacher(input_ids=windows[:1]).logits[:, :-1], 8, 1.0)
     assert expected.max() > 65_535
     assert torch.equal(made.batch([0])[0], expected)

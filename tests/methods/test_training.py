@@ -1,14 +1,16 @@
 """The Trainer: its loss, resuming after a kill, stopping at NaN, errors a student can meet."""
 
 import copy
+import json
 import multiprocessing
 import os
 import signal
 
 import pytest
 import torch
+from test_families_distillation import SIZES
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from common.measure.evaluation import Baseline, evaluate
 from common.methods.distillation import kd_loss, last_relations, minilm_loss, student_from_teacher, top_k_kd_loss
@@ -202,3 +204,90 @@ def test_a_saved_student_is_in_16_bits_and_the_one_in_memory_is_not_touched(tmp_
     reloaded = type(llama).from_pretrained(artifact.folder)
     for mine, theirs in zip(llama.parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(mine.bfloat16(), theirs) and theirs.dtype == torch.bfloat16
+
+
+# What is saved is what a user should load
+
+
+def test_a_trained_student_generates_with_its_cache_and_keeps_its_settings(tmp_path, tokenizer, text):
+    config = AutoConfig.for_model("qwen3", **SIZES | {"head_dim": 16, "tie_word_embeddings": True})
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    teacher.generation_config.update(do_sample=True, temperature=0.6, eos_token_id=[254, 255])
+    it = trainer(tmp_path / "run", teacher, WindowDataset(text), Objective(alpha=0.5), teacher=teacher, steps=1)
+    it.train()
+    saved = save_student(tmp_path / "m", it.model, tokenizer, method="kd", settings={}, parent="t").folder
+    written = json.loads((saved / "config.json").read_text())
+    assert written["use_cache"] is True and written["dtype"] == "bfloat16" and len(written["layer_types"]) == 2
+    student = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    assert student.generation_config.temperature == 0.6 and student.generation_config.eos_token_id == [254, 255]
+    assert student(input_ids=text[:1]).past_key_values is not None
+    texts = [student.generate(text[:1], max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_training_leaves_the_cache_setting_as_it_was(tmp_path, llama, text, before):
+    llama.config.use_cache = before
+    it = trainer(tmp_path, llama, WindowDataset(text), Objective(alpha=1.0), steps=1)
+    it.train()
+    assert it.model.config.use_cache is before
+
+
+def test_settings_that_cannot_be_saved_are_found_before_training_and_before_saving(tmp_path, llama, tokenizer, text):
+    llama.generation_config.temperature = 0.9  # without do_sample, as Llama-2-chat was published
+    with pytest.raises(ValueError, match=r"generation settings of LlamaForCausalLM cannot be saved.*do_sample=True"):
+        trainer(tmp_path / "run", llama, WindowDataset(text), Objective(alpha=1.0))
+    with pytest.raises(ValueError, match=r"generation settings of LlamaForCausalLM cannot be saved"):
+        save_student(tmp_path / "m", llama, tokenizer, method="kd", settings={}, parent="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_that_would_load_as_another_model_is_not_saved(tmp_path, llama, tokenizer):
+    llama.config.rms_norm_eps = 1.0  # not what its norms compute with
+    with pytest.raises(ValueError, match="configuration of LlamaForCausalLM describes another model"):
+        save_student(tmp_path / "m", llama, tokenizer, method="kd", settings={}, parent="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_of_its_own_is_saved_though_the_configuration_says_tied(tmp_path, make_llama, tokenizer, windows):
+    """As a merged fine-tune comes; other loaders believe the configuration and throw the head away."""
+    student = make_llama(tie_word_embeddings=False)
+    student.config.tie_word_embeddings = True
+    saved = save_student(tmp_path / "m", student, tokenizer, method="kd", settings={}, parent="t").folder
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    torch.testing.assert_close(loaded(windows).logits, student(windows).logits)
+
+
+# One tokenizer, vocabularies padded differently
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(264, 272), (272, 264)])
+def test_vocabularies_padded_differently_are_compared_on_their_common_rows(
+    tmp_path, make_llama, tokenizer, text, ours, theirs
+):
+    teacher, student = make_llama(seed=1, vocab_size=theirs), make_llama(vocab_size=ours)
+    settings = arguments(tmp_path / "run", checkpoints=0), WindowDataset(text), Objective(alpha=0.3)
+    it = DistillationTrainer(student, *settings, teacher=teacher)
+    loss = it.compute_loss(student, {"input_ids": text[:2]})
+    loss.backward()
+    found = student.lm_head.weight.grad.clone()
+    student.zero_grad()
+    q, p = (model(input_ids=text[:2]).logits[:, :-1].flatten(0, 1) for model in (student, teacher))
+    soft = kd_loss(q[:, :264], p[:, :264].detach(), 1.0)
+    expected = (0.3 * F.cross_entropy(q, text[:2, 1:].flatten(), reduction="sum") + 0.7 * soft) / len(q)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, student.lm_head.weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_soft_labels_hold_tokens_only_and_baselines_of_another_padding_compare(tmp_path, make_llama, tokenizer, text):
+    teacher, student = make_llama(seed=1, vocab_size=272), make_llama(vocab_size=264)
+    labels = make_soft_labels(tmp_path / "soft", teacher, tokenizer, text, k=200, temperature=1.0, batch_size=4)
+    assert labels.ids.max() < 256
+    it = DistillationTrainer(student, arguments(tmp_path / "run"), WindowDataset(text, labels), Objective(alpha=0.0))
+    assert it.compute_loss(student, it.train_dataset.collate([0, 1])).isfinite()
+    against = Baseline(12)
+    evaluate(teacher, text, keep=against)
+    q, p = (model(input_ids=text).logits[:, :-1, :264].flatten(0, 1) for model in (student, teacher))
+    assert evaluate(student, text, against=against).kl == pytest.approx(kd_loss(q, p, 1.0).item() / len(q), rel=1e-4)

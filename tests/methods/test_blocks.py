@@ -8,8 +8,6 @@ from transformers import (
     BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
@@ -119,17 +117,20 @@ def test_observe_makes_one_statistic_per_stage(llama, windows):
 
 
 def test_all_at_once_costs_one_pass(llama, windows):
-    """As the docstring says: one pass through a block instead of five (after one sequence to find the stages)."""
+    """As the docstring says: one pass through a block instead of five.
+
+    Before it a short sequence goes through three times: in the model, block by block as the proof, to find the stages.
+    """
     sequences = []
     llama.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, args: sequences.append(len(args[0])))
     walk(llama, windows, Gram, lambda stage, statistic: None)
-    assert sequences == [1, 5]
+    assert sequences == [1, 1, 1, 5]
     sequences.clear()
     walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2)
-    assert sequences == [1] + 5 * [2, 2, 1]
+    assert sequences == 3 * [1] + 5 * [2, 2, 1]
     sequences.clear()
     walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2, at_once=True)
-    assert sequences == [1] + 2 * [2, 2, 1]
+    assert sequences == 3 * [1] + 2 * [2, 2, 1]
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -313,7 +314,11 @@ def test_gradients_are_not_kept(llama, windows):
 
 
 def test_a_model_without_linear_layers(windows):
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=256, n_positions=64))  # Conv1D
+    model = tiny("opt")
+    for block in decoder_blocks(model):
+        for name in block_linears(block):
+            owner, _, attribute = name.rpartition(".")
+            setattr(block.get_submodule(owner), attribute, nn.Identity())
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):
         walk(model, windows, Gram, lambda stage, statistic: None)
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):

@@ -376,7 +376,7 @@ def test_gptq_model_beats_rtn_model(make_llama, windows):
         ({"damp_percent": 0}, "damp_percent.*between 0 and 1"),
         ({"damp_percent": 1.0}, "damp_percent.*between 0 and 1"),
         ({"group_size": 0}, "group_size must be a positive"),
-        ({"group_size": -1}, "group_size must be a positive"),
+        ({"group_size": -2}, "group_size must be a positive"),
     ],
 )
 def test_settings_that_make_no_sense(setting, words):

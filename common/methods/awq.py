@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.methods.blocks import Stage, walk
 from common.methods.compensation import Hessian, naming, squared_error
 from common.methods.folding import find_folds
-from common.methods.quantization import QuantizeConfig, find_grid
+from common.methods.quantization import QuantizeConfig, check_widths, find_grid
 
 ALPHAS = torch.linspace(0.0, 0.9, 10).tolist()  # 0 is plain rounding
 
@@ -54,6 +54,7 @@ def awq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_
     (`folding.find_folds`): `o_proj` with grouped-query attention, as in the authors' code, or fused experts.
     Raises ValueError, before the first change, where that is so everywhere.
     """
+    check_widths(model, config)
     folds = find_folds(model, windows)
     if not any(folds):
         raise ValueError(f"AWQ has nothing to scale in {type(model).__name__}: no operation before a layer undoes it.")

@@ -277,8 +277,8 @@ def _warn(work: _Walk) -> None:
     if work.few:
         some = ", ".join(f"{name} ({tokens})" for name, tokens in list(work.few.items())[:3])
         warnings.warn(
-            f"{len(work.few)} groups of matrices, mostly of experts, were sent too few calibration tokens, such as {some}: "
-            "their inputs were taken to be independent, and alike where hardly any came. More text reaches more experts.",
+            f"{len(work.few)} groups of matrices (mostly experts) were sent too few calibration tokens: {some}. Their "
+            "inputs were taken to be independent, and alike where hardly any came; more text reaches more experts.",
             stacklevel=4,
         )
 

@@ -1,6 +1,7 @@
 """What the decoder blocks of a model are called with, and the proof that calling them one by one is the same model."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -162,6 +163,17 @@ def capture(model, windows: Tensor, batch_size: int, device, store, extras: list
     return captured
 
 
+def flatten(value) -> Iterator:
+    """The leaves of nested tuples, lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from flatten(item)
+    else:
+        yield value
+
+
 @dataclass
 class Trace:
     """A forward pass of a few tokens as the model does it."""
@@ -199,13 +211,18 @@ def trace(model: nn.Module, windows: Tensor, blocks: list[Block] | None = None) 
     if order != list(range(len(blocks))):
         raise ValueError(f"{name} does not call its {len(blocks)} blocks once each and in order: it cannot be walked.")
     extras = [tuple(out[1:]) if isinstance(out, tuple | list) else () for out in left]
+    if any(isinstance(value, Tensor) for value in flatten(extras)):
+        raise ValueError(f"{name} cannot be walked: its blocks return further tensors besides the hidden states.")
     left = [hidden_of(out).clone() for out in left]
     calls = capture(model, ids, 1, home, home, extras)[0].calls
     with one_by_one(model):
         for block, before, after, following in zip(blocks, entered, left, [*entered[1:], left[-1]], strict=True):
             if not after.isfinite().all():
                 raise ValueError(f"Block {block.index} of {name} computes NaN or inf: are all its weights finite?")
-            alone = block(Batch(before, calls), home)
+            try:
+                alone = block(Batch(before, calls), home)
+            except (LookupError, RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"{name} cannot be walked: block {block.index} fails on its own ({error}).") from error
             if not (same(alone, after) and same(alone, following)):
                 raise ValueError(
                     f"{name} cannot be walked: block {block.index}, called on its own, does not hand the next one what "

@@ -48,6 +48,7 @@ class Matrix(nn.Module):
 def block_linears(block: nn.Module) -> dict[str, nn.Linear | Matrix]:
     """The matrices of a block by name: `mlp.up_proj` of a layer, `mlp.experts.3.down_proj` of the fourth expert.
 
+    A router that derives from `nn.Linear` and returns its choice is none: like other routers it stays as it is.
     Raises ValueError where there is none, and where one is no plain matrix of numbers of 16 bits or more.
     """
     found: dict[str, nn.Linear | Matrix] = {}
@@ -56,9 +57,8 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear | Matrix]:
             weight = getattr(module, "weight", None)
             if not (isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in FLOATS):
                 raise ValueError(f"{name} is quantized already ({type(module).__name__}): load the original weights.")
-            if type(module).forward is not nn.Linear.forward and not _multiplies(module):
-                raise ValueError(f"{name} is a {type(module).__name__}, which does more than multiply by its weight.")
-            found[name] = module
+            if type(module).forward is nn.Linear.forward or _multiplies(module):
+                found[name] = module
         else:
             found |= {f"{name}.{piece}".rstrip("."): matrix for piece, matrix in _pieces(module)}
     if not found:
@@ -68,12 +68,12 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear | Matrix]:
 
 @torch.no_grad()
 def _multiplies(module: nn.Linear) -> bool:
-    """Whether a subclass with a forward of its own (Falcon's, DeepSeek-V4's) still computes x·Wᵀ + b."""
+    """Whether a subclass with a forward of its own (Falcon's; not Llama 4's router) still computes x·Wᵀ + b."""
     x = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)[None]
     tolerance = torch.finfo(x.dtype).eps ** 0.5
     try:
         return torch.allclose(module(x), F.linear(x, module.weight, module.bias), rtol=tolerance, atol=tolerance)
-    except RuntimeError:  # it wants another shape
+    except (RuntimeError, TypeError):  # it wants another shape, or returns something else
         return False
 
 

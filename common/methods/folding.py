@@ -100,7 +100,8 @@ def _candidates(trial: Block, batch: Batch, block: Block) -> Iterator[Fold]:
     for name, x in inputs.items():
         readers.setdefault(x.data_ptr(), []).append(name)
     for name, out in outputs.items():
-        if same_input := readers.get(out.data_ptr()):
+        same_input = readers.get(out.data_ptr())
+        if same_input and len(modules[name].weight) == modules[same_input[0]].in_features:
             for offset in (False, True):
                 yield Fold(name, tuple(same_input), offset=offset)
     order = list(inputs)

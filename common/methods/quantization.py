@@ -189,8 +189,8 @@ def _rounding(max_code: int) -> Callable[..., Tensor]:
     return nearest
 
 
-def _check_widths(model: nn.Module, config: QuantizeConfig) -> None:
-    """Before minutes of work, not after."""
+def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
+    """Raise ValueError where group_size does not divide a layer's inputs: before minutes of work, not after."""
     for _, linear in iter_linears(model):
         config.width(linear.in_features)
 
@@ -199,7 +199,7 @@ def _check_widths(model: nn.Module, config: QuantizeConfig) -> None:
 def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
     """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
     require(model, "weights")
-    _check_widths(model, config)
+    check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):
         quantized[name] = rtn(linear.weight, config)
@@ -215,7 +215,7 @@ def gptq_model(
     windows: calibration tokens [nsamples, seqlen]. keep_zeros: weights that are zero stay zero, as a pruned model
     wants; otherwise error compensation refills some of them. `walk_options` go to `common.methods.blocks.walk`.
     """
-    _check_widths(model, config)
+    check_widths(model, config)
     home = model.device  # results stay where the weights live, not where a block is worked on
     quantized = {}
 

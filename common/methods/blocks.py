@@ -89,7 +89,7 @@ class Stage:
     def kind(self) -> str:
         """The same for the same matrix of all experts, `mlp.experts.*.down_proj`; otherwise the first layer's name."""
         name = next(iter(self.linears))
-        return re.sub(r"\.\d+(?=\.|$)", ".*", name) if "expert" in name else name
+        return re.sub(r"\.\d+(?=\.|$)", ".*", name) if "expert" in name or isinstance(self.head, Matrix) else name
 
 
 def _stages(block: Block, batches: list[Batch], device) -> tuple[list[Stage], bool]:

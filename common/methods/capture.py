@@ -1,7 +1,6 @@
 """What the decoder blocks of a model are called with, and the proof that calling them one by one is the same model."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
 
+FAILURES = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)  # of a model's code, called otherwise
 PROOF_TOKENS = 32  # of the first window: enough to leave no difference in the code that runs unseen
 
 
@@ -163,15 +163,11 @@ def capture(model, windows: Tensor, batch_size: int, device, store, extras: list
     return captured
 
 
-def flatten(value) -> Iterator:
-    """The leaves of nested tuples, lists and dictionaries."""
-    if isinstance(value, dict):
-        value = list(value.values())
+def without_tensors(value):
+    """None in the place of every tensor inside a tuple: those of a few tokens would be wrong for any others."""
     if isinstance(value, tuple | list):
-        for item in value:
-            yield from flatten(item)
-    else:
-        yield value
+        return tuple(without_tensors(item) for item in value)
+    return None if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -180,7 +176,7 @@ class Trace:
 
     entered: list[Tensor]  # what each block was given
     calls: list[tuple[tuple, dict]]
-    extras: list[tuple]  # what each block returned besides the hidden states
+    extras: list[tuple]  # what each block returned besides the hidden states, without tensors
 
     @property
     def tokens(self) -> int:
@@ -210,18 +206,19 @@ def trace(model: nn.Module, windows: Tensor, blocks: list[Block] | None = None) 
         model(input_ids=ids.to(home), use_cache=False)
     if order != list(range(len(blocks))):
         raise ValueError(f"{name} does not call its {len(blocks)} blocks once each and in order: it cannot be walked.")
-    extras = [tuple(out[1:]) if isinstance(out, tuple | list) else () for out in left]
-    if any(isinstance(value, Tensor) for value in flatten(extras)):
-        raise ValueError(f"{name} cannot be walked: its blocks return further tensors besides the hidden states.")
+    extras = [without_tensors(out[1:]) if isinstance(out, tuple | list) else () for out in left]
     left = [hidden_of(out).clone() for out in left]
-    calls = capture(model, ids, 1, home, home, extras)[0].calls
+    try:
+        calls = capture(model, ids, 1, home, home, extras)[0].calls
+    except FAILURES as error:
+        raise ValueError(f"{name} cannot be walked: its blocks hand on more than hidden states ({error}).") from error
     with one_by_one(model):
         for block, before, after, following in zip(blocks, entered, left, [*entered[1:], left[-1]], strict=True):
             if not after.isfinite().all():
                 raise ValueError(f"Block {block.index} of {name} computes NaN or inf: are all its weights finite?")
             try:
                 alone = block(Batch(before, calls), home)
-            except (LookupError, RuntimeError, TypeError, AttributeError) as error:
+            except FAILURES as error:
                 raise ValueError(f"{name} cannot be walked: block {block.index} fails on its own ({error}).") from error
             if not (same(alone, after) and same(alone, following)):
                 raise ValueError(

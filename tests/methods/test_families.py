@@ -126,7 +126,7 @@ def wanda_is_right(model, original, windows, _):
 
 @torch.no_grad()
 def first_block_inputs(model, windows) -> dict[str, torch.Tensor]:
-    """What matrices of the first block receive: from hooks on its layers, and from what its experts were called with."""
+    """What matrices of the first block receive: from hooks on its layers, and what its experts were called with."""
     seen, handles = {}, []
     block = decoder_blocks(model)[0]
     path = next(n for n, m in model.named_modules() if m is block)

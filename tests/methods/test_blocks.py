@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import build
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -364,3 +365,52 @@ def test_a_model_that_fails_before_its_blocks_is_left_as_it_was(llama, windows):
         walk(llama, windows, Gram, lambda stage, statistic: None)
     handle.remove()
     assert not [block for block in llama.model.layers if "forward" in vars(block)]
+
+
+# --- what blocks are called with -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("kind", ["xglm", "bamba", "gptj", "gemma3n_text", "rwkv"])
+def test_positional_arguments_and_tuples(kind, batch_size, windows):
+    """A mask by position (XGLM, Gemma 3n), a tuple returned (Bamba, GPT-J, RWKV)."""
+    model = build(kind)
+    shown = walked(model, windows, batch_size=batch_size)
+    expected = forward_inputs(model, windows)
+    assert_same({key: shown[key] for key in expected}, expected)
+
+
+def test_a_later_token_does_not_reach_an_earlier_one(windows):
+    """XGLM's causal mask arrives by position: without it, calibration would look ahead."""
+    other, seen = windows.clone(), []
+    other[:, -1] = (other[:, -1] + 1) % 250
+    for each in (windows, other):
+        inputs = {}
+
+        class Keep(Gram):
+            def add(self, x):
+                self.x = x.clone()
+
+        walk(build("xglm"), each, Keep, lambda stage, kept, inputs=inputs: inputs.update({str(stage.linears): kept.x}))
+        seen.append(list(inputs.values()))
+    for one, two in zip(*seen, strict=True):
+        before_last = [x.view(5, 16, -1)[:, :-1] for x in (one, two)]
+        torch.testing.assert_close(*before_last, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused_before_the_first_change(windows):
+    model = build("zaya")
+    with pytest.raises(ValueError, match="ZayaForCausalLM cannot be walked: block 1"):
+        walk(model, windows, Gram, lambda stage, statistic: pytest.fail("changed something"))
+
+
+def test_a_block_that_computes_something_else_on_its_own_is_refused(llama, windows):
+    counted = []
+
+    def drift(*_):
+        counted.append(1)
+        return torch.ones(()) * len(counted)
+
+    llama.model.layers[1].mlp.register_forward_hook(lambda _, __, out: out * drift())
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be walked: block 1"):
+        walk(llama, windows, Gram, lambda stage, statistic: pytest.fail("changed something"))

@@ -90,7 +90,11 @@ def build(kind: str, **changes) -> nn.Module:
     config_class = CONFIG_MAPPING[kind]
     default, wanted = config_class(), {}
     for key, value in GENERIC.items():
-        if hasattr(default, key) and (getattr(default, key) is not None or key in EVEN_IF_NONE):
+        try:
+            given = getattr(default, key)
+        except AttributeError:  # not this family's; or, in Gemma 4, one for each layer
+            continue
+        if given is not None or key in EVEN_IF_NONE:
             wanted[key] = value
     wanted |= OWN.get(kind, {}) | changes
     config = config_class(**{key: value for key, value in wanted.items() if value is not ...})

@@ -140,6 +140,8 @@ def first_block_inputs(model, windows) -> dict[str, torch.Tensor]:
 
     def of_experts(name):
         def hook(module, args):
+            if len(args) < 2 or not isinstance(args[1], torch.Tensor):
+                return  # JetMoE: called with sorted tokens
             hidden, chosen = args[0].flatten(end_dim=-2), args[1]
             for e in range(4):
                 x = hidden[(chosen == e).any(-1)]

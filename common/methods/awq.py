@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from common.methods.blocks import Stage, walk
-from common.methods.compensation import Hessian, squared_error
-from common.methods.quantization import QuantizeConfig, find_grid
+from common.methods.compensation import Hessian, naming, squared_error
+from common.methods.folding import find_folds
+from common.methods.quantization import QuantizeConfig, check_widths, find_grid
 
 ALPHAS = torch.linspace(0.0, 0.9, 10).tolist()  # 0 is plain rounding
 
@@ -30,7 +31,7 @@ def round_scaled(weight: Tensor, scale: Tensor, config: QuantizeConfig, importan
     """Round `weight`·scale [out, in] to its grid and divide the scale out again: the weight that inference sees."""
     scaled = weight.float() * scale
     grid = find_grid(scaled, config, importance)
-    group = torch.arange(weight.shape[1], device=weight.device) // config.group_size
+    group = torch.arange(weight.shape[1], device=weight.device) // config.width(weight.shape[1])
     return grid.decode(grid.encode(scaled, group), group) / scale
 
 
@@ -49,18 +50,25 @@ def search_scale(weight: Tensor, statistic: Hessian, config: QuantizeConfig) -> 
 def awq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_options) -> dict[str, float]:
     """AWQ for every linear layer of the decoder blocks, in place; returns the α chosen for each group of layers.
 
-    An engine folds 1/s into the operation before (a norm, or `up_proj` for `down_proj`). With grouped-query attention
-    `o_proj` has no such operation: its α stays 0, as in the authors' code.
+    An engine folds 1/s into the operation before (a norm, or `up_proj` for `down_proj`). α stays 0 where there is none
+    (`folding.find_folds`): `o_proj` with grouped-query attention, as in the authors' code, or fused experts.
+    Raises ValueError, before the first change, where that is so everywhere.
     """
-    attention = model.config.get_text_config()
-    grouped = attention.num_key_value_heads != attention.num_attention_heads
+    check_widths(model, config)
+    folds = find_folds(model, windows)
+    if not any(folds):
+        raise ValueError(f"AWQ has nothing to scale in {type(model).__name__}: no operation before a layer undoes it.")
     unclipped = QuantizeConfig(config.bits, config.group_size, config.sym, mse=False)
     alphas = {}
 
     def change(stage: Stage, statistic: Hessian) -> None:
+        with naming(stage.named):
+            round_stage(stage, statistic)
+
+    def round_stage(stage: Stage, statistic: Hessian) -> None:
         weight = torch.cat([linear.weight for linear in stage.linears.values()]).float()
         scale, alpha = torch.ones_like(statistic.mean_absolute), 0.0
-        if not (grouped and any(name.endswith("o_proj") for name in stage.linears)):
+        if any(set(fold.readers) == set(stage.linears) for fold in folds[stage.block_index]):
             scale, alpha = search_scale(weight, statistic, unclipped)
         importance = statistic.matrix.diagonal() / scale.square()
         rounded = round_scaled(weight, scale, config, importance)

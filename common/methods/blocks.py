@@ -6,17 +6,50 @@ So the walker visits the blocks in order. Inside a block it stops wherever linea
 change those layers, and only then lets the data flow on, through the layers as changed.
 Every layer is thus calibrated on what it will really receive in the compressed network. (Wanda's authors look at the
 whole block before they change it: `at_once`.)
+
+In a mixture of experts each expert receives other tokens; the matrices of all experts are visited together, each with
+a statistic of its own.
 """
 
-import copy
+import re
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from common.methods.capture import (
+    Batch,
+    Block,
+    Halt,
+    capture,
+    decoder_blocks,
+    first_blocks,
+    hooks,
+    trace,
+    walkable_blocks,
+)
+from common.methods.experts import Matrix, block_linears, one_by_one
+from common.methods.requirements import require
+
+__all__ = [
+    "Linear",
+    "Stage",
+    "Statistic",
+    "block_linears",
+    "by_statistic",
+    "collect",
+    "decoder_blocks",
+    "first_blocks",
+    "iter_linears",
+    "walk",
+]
+
+FEW_TOKENS = 16  # of an expert that was sent fewer, not even the sizes of its inputs are known
 
 
 class Statistic(Protocol):
@@ -25,6 +58,7 @@ class Statistic(Protocol):
     def add(self, inputs: Tensor) -> None: ...
 
 
+Linear = nn.Linear | Matrix
 Observe = Callable[[int, Tensor], Statistic]
 Change = Callable[["Stage", Statistic], None]
 
@@ -34,194 +68,165 @@ class Stage:
     """Linear layers of one block that read the same input, by their name inside the block."""
 
     block_index: int
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Linear]
+    path: str  # of the block in the model: `model.layers.7`
+
+    @property
+    def head(self) -> Linear:
+        """The layer that the input reaches first."""
+        return next(iter(self.linears.values()))
 
     @property
     def in_features(self) -> int:
-        return next(iter(self.linears.values())).in_features
+        return self.head.in_features
+
+    @property
+    def named(self) -> dict[str, Linear]:
+        """The layers by their full names."""
+        return {f"{self.path}.{name}": linear for name, linear in self.linears.items()}
+
+    @property
+    def kind(self) -> str:
+        """The same for the same matrix of all experts, `mlp.experts.*.down_proj`; otherwise the first layer's name."""
+        name = next(iter(self.linears))
+        return re.sub(r"\.\d+(?=\.|$)", ".*", name) if "expert" in name or isinstance(self.head, Matrix) else name
 
 
-class _Halt(Exception):
-    """Raised inside a forward pass to leave it once what was wanted has been seen."""
+def _stages(block: Block, batches: list[Batch], device) -> tuple[list[Stage], bool]:
+    """Group a block's layers by the input they share, in order of execution; and does one of them run twice?
 
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a Hugging Face causal LM (Llama, Mistral, Qwen, Gemma, OPT, ...), in order."""
-    layers = model.config.get_text_config().num_hidden_layers
-    candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not candidates:
-        raise ValueError(f"{type(model).__name__} has no list of {layers} decoder blocks that could be walked.")
-    return candidates[0]
-
-
-def first_blocks(model: nn.Module, count: int) -> nn.Module:
-    """A copy of `model` that ends after its first `count` blocks: small enough to study closely."""
-    blocks = decoder_blocks(model)
-    owner = model.get_submodule(next(name for name, m in model.named_modules() if m is blocks).rpartition(".")[0])
-    attribute = next(name for name, m in owner.named_children() if m is blocks)
-    setattr(owner, attribute, blocks[:count])  # so that only these are copied
-    try:
-        shallow = copy.deepcopy(model)
-    finally:
-        setattr(owner, attribute, blocks)
-    config = shallow.config.get_text_config()
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):  # one per block, else transformers refuses to load what it saved
-        config.layer_types = config.layer_types[:count]
-    return shallow
-
-
-def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a block by name; ValueError when it has none."""
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    if not linears:
-        raise ValueError(f"{type(block).__name__} has no torch.nn.Linear layer: is the model already quantized?")
-    return linears
-
-
-@dataclass
-class _Batch:
-    """What blocks are called with: hidden states [batch, seqlen, hidden], and keyword arguments for each block.
-
-    The latter differ where attention does: some models (Qwen2, Gemma) have a sliding window in some blocks only.
+    The first batch shows it, unless none of its tokens is routed to some expert: then the next one is looked at.
     """
-
-    hidden: Tensor
-    kwargs: list[dict]
-
-    def through(self, index: int, block: nn.Module, device: torch.device) -> Tensor:
-        out = block(self.hidden.to(device), **self.kwargs[index])
-        return out[0] if isinstance(out, tuple) else out
-
-
-@contextmanager
-def _hooks(*handles):
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _to(value, device, moved: dict):
-    """Move the tensors inside a keyword argument (a tensor, or a tuple of them) to `device`, each only once."""
-    if isinstance(value, Tensor):
-        if id(value) not in moved:
-            moved[id(value)] = value, value.to(device)  # the first keeps the id taken
-        return moved[id(value)][1]
-    if isinstance(value, tuple):
-        return tuple(_to(item, device, moved) for item in value)
-    return value
-
-
-def _capture(model, blocks, windows: Tensor, batch_size: int, device, store) -> list[_Batch]:
-    """Run the part around the blocks (embedding, positions, masks) and keep what reaches them; they compute nothing."""
-    captured: list[_Batch] = []
-
-    def stand_in(index):
-        def forward(*args, **kwargs):
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                moved.clear()
-                captured.append(_Batch(hidden.to(store), []))
-            captured[-1].kwargs.append({name: _to(value, device, moved) for name, value in kwargs.items()})
-            if index == len(blocks) - 1:
-                raise _Halt
-            return hidden
-
-        return forward
-
-    moved: dict = {}
-    home = model.get_input_embeddings().weight.device
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = stand_in(index)
-        for ids in windows.split(batch_size):
-            try:
-                model(input_ids=ids.to(home), use_cache=False)
-            except _Halt:
-                continue
-    finally:
-        for block in blocks:
-            del block.forward
-    return captured
-
-
-def _stages(index: int, block: nn.Module, batch: _Batch, device) -> list[Stage]:
-    """Group a block's linear layers by the input they share, in order of execution, by watching one sequence."""
-    groups: list[tuple[Tensor, dict[str, nn.Linear]]] = []
+    stages, missing, repeated = [], dict(block.linears), False
 
     def watch(name, linear):
         def hook(_, args):
-            if not groups or groups[-1][0] is not args[0]:
-                groups.append((args[0], {}))
-            groups[-1][1][name] = linear
+            nonlocal repeated
+            repeated |= name in arrived
+            arrived.add(name)
+            if missing.pop(name, None) is not None:
+                groups.setdefault(id(args[0]), (args[0], {}))[1][name] = linear  # the tensor keeps its id taken
 
         return linear.register_forward_pre_hook(hook)
 
-    with _hooks(*(watch(name, linear) for name, linear in block_linears(block).items())):
-        batch.through(index, block, device)
-    return [Stage(index, linears) for _, linears in groups]
+    for batch in batches:
+        groups: dict[int, tuple[Tensor, dict[str, Linear]]] = {}
+        arrived: set[str] = set()
+        with hooks(*(watch(name, linear) for name, linear in block.linears.items())):
+            block(batch, device)
+        stages += [Stage(block.index, linears, block.path) for _, linears in groups.values()]
+        if not missing:
+            break
+    return stages + [Stage(block.index, {name: linear}, block.path) for name, linear in missing.items()], repeated
 
 
-def _flow(block: nn.Module, stages: list[Stage], batches: list[_Batch], observe: Observe, change: Change, device):
-    """Move all batches through the block, changing each stage's layers once every batch has reached them.
-
-    A batch that arrives at a stage waits (its pass is left, and begun anew later) until the last one arrives.
-    With a single batch nothing ever waits, so the whole block costs one pass.
-    """
-    position, statistic, last = 0, None, False
-
-    def arrive(stage_index):
-        def hook(_, args):
-            nonlocal position, statistic
-            if stage_index != position:
-                return  # an earlier stage, changed already
-            stage = stages[position]
-            if statistic is None:
-                statistic = observe(stage.in_features, args[0])
-            statistic.add(args[0].flatten(end_dim=-2))
-            if last:
-                change(stage, statistic)
-                position, statistic = position + 1, None
-            if len(batches) > 1:
-                raise _Halt
-
-        return hook
-
-    heads = [next(iter(stage.linears.values())) for stage in stages]
-    with _hooks(*(linear.register_forward_pre_hook(arrive(i)) for i, linear in enumerate(heads))):
-        while True:
-            outputs = []
-            for number, batch in enumerate(batches, start=1):
-                last = number == len(batches)
-                try:
-                    outputs.append(batch.through(stages[0].block_index, block, device).to(batch.hidden.device))
-                except _Halt:
-                    continue
-            if len(outputs) == len(batches):
-                return outputs
+def _levels(stages: list[Stage]) -> list[list[Stage]]:
+    """Stages to be observed in the same pass: the same matrix of every expert. Any other is alone."""
+    levels: dict[str, list[Stage]] = {}
+    for stage in stages:
+        levels.setdefault(stage.kind, []).append(stage)
+    return list(levels.values())
 
 
-def _flow_at_once(block, stages: list[Stage], batches: list[_Batch], observe: Observe, change: Change, device):
-    """Observe all stages in one pass of the block as it was, change them all, then move the batches through."""
-    index, statistics = stages[0].block_index, [None] * len(stages)
+@dataclass
+class _Seen:
+    """What has arrived at a stage so far."""
 
-    def arrive(number):
-        def hook(_, args):
-            if statistics[number] is None:
-                statistics[number] = observe(stages[number].in_features, args[0])
-            statistics[number].add(args[0].flatten(end_dim=-2))
+    stage: Stage
+    statistic: Statistic | None = None
+    tokens: int = 0
 
-        return hook
 
-    heads = [next(iter(stage.linears.values())) for stage in stages]
-    with _hooks(*(linear.register_forward_pre_hook(arrive(i)) for i, linear in enumerate(heads))):
+@dataclass
+class _Walk:
+    """One walk: what the caller wants, where it computes, and how many tokens each layer was shown."""
+
+    observe: Observe
+    change: Change
+    device: torch.device
+    total: int  # calibration tokens
+    reduce: Callable[[Statistic], None] | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    few: dict[str, int] = field(default_factory=dict)
+
+    def arrive(self, seen: _Seen, inputs: Tensor) -> None:
+        rows = inputs.flatten(end_dim=-2)
+        if isinstance(seen.stage.head, Matrix):
+            rows = rows[rows.any(-1)]  # Llama 4 sends every token to every expert, as zeros where it was not chosen
+        if seen.statistic is None:
+            seen.statistic = self.observe(seen.stage.in_features, inputs)
+        if len(rows):
+            seen.statistic.add(rows)
+            seen.tokens += len(rows)
+
+    def finish(self, seen: _Seen) -> None:
+        """Let the caller change a stage. An expert with too few tokens is taken to have independent inputs."""
+        stage = seen.stage
+        if self.reduce is not None:
+            self.reduce(seen.statistic)
+        self.tokens |= dict.fromkeys(stage.named, seen.tokens)
+        enough = 2 * stage.in_features if hasattr(seen.statistic, "matrix") else FEW_TOKENS
+        if seen.tokens < min(enough, self.total):
+            sizes = torch.ones(stage.in_features, device=self.device)
+            if seen.tokens >= FEW_TOKENS:
+                sizes = getattr(seen.statistic, "norms", sizes)
+            seen.statistic = self.observe(stage.in_features, sizes)
+            seen.statistic.add(sizes.diag())
+            self.few[stage.path + "." + next(iter(stage.linears))] = seen.tokens
+        self.change(stage, seen.statistic)
+
+    def watching(self, stages: list[Stage], then: Callable[[_Seen], None]):
+        """What the stages have seen, and hooks that add to it what arrives and call `then`."""
+
+        def watch(seen):
+            def hook(_, args):
+                self.arrive(seen, args[0])
+                then(seen)
+
+            return seen.stage.head.register_forward_pre_hook(hook)
+
+        everything = [_Seen(stage) for stage in stages]
+        return everything, hooks(*(watch(seen) for seen in everything))
+
+    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[Batch], leave: bool) -> None:
+        """Gather what all batches bring to a level, change it, and go on to the next.
+
+        leave: a pass ends when it has reached the level; what follows must wait for the change anyway.
+        """
+
+        def then(_):
+            if leave:
+                raise Halt
+
+        for stages in levels:
+            leave = leave and len(stages) == 1
+            everything, watched = self.watching(stages, then)
+            with watched:
+                for batch in batches:
+                    with suppress(Halt):
+                        block(batch, self.device)
+            for seen in everything:
+                self.finish(seen)
+
+    def on_arrival(self, block: Block, stages: list[Stage], batch: Batch) -> Tensor:
+        """Change each stage when its input arrives, in a single pass: with one batch nothing has to wait."""
+        everything, watched = self.watching(stages, self.finish)
+        with watched:
+            hidden = block(batch, self.device)
+        for seen in everything:
+            if seen.statistic is None:
+                self.finish(seen)  # an expert without a token
+        return hidden
+
+    def through(self, block: Block, shown: Batch, batches: list[Batch], at_once: bool) -> None:
+        """Visit one block with all batches, and let them flow on through it as changed."""
+        stages, repeated = _stages(block, [shown, *batches], self.device)
+        if len(batches) == 1 and not (at_once or repeated):
+            batches[0].hidden = self.on_arrival(block, stages, batches[0])
+            return
+        self.level_by_level(block, [stages] if at_once else _levels(stages), batches, leave=not repeated)
         for batch in batches:
-            batch.through(index, block, device)
-    for stage, statistic in zip(stages, statistics, strict=True):
-        change(stage, statistic)
-    return [batch.through(index, block, device).to(batch.hidden.device) for batch in batches]
+            batch.hidden = block(batch, self.device)
 
 
 @torch.no_grad()
@@ -237,7 +242,7 @@ def walk(
     at_once: bool = False,
     reduce: Callable[[Statistic], None] | None = None,
     description: str = "blocks",
-) -> None:
+) -> dict[str, int]:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
 
     windows: calibration tokens [nsamples, seqlen].
@@ -247,29 +252,40 @@ def walk(
     store: where activations wait between blocks (default: `device`; "cpu" saves GPU memory).
     at_once: observe the whole block before any of its layers is changed: two passes, however many batches.
     reduce: called with each statistic once it has seen all windows, before `change`: several processes add up theirs.
+    Returns how many tokens reached each layer. Warns of experts that were sent too few: a Hessian of fewer than two
+    tokens per input does more harm than good (GPTQ then errs up to twice as much as rounding to nearest), so only the
+    size of each input counts; of fewer than FEW_TOKENS not even that: GPTQ rounds to nearest, Wanda compares |W|.
+    Raises ValueError, before the first change, where the model cannot be walked (`requirements`, `capture.trace`).
     """
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
     model.eval()
-    blocks, flow = decoder_blocks(model), _flow_at_once if at_once else _flow
-    if reduce is not None:
-        alone = change
-
-        def change(stage: Stage, statistic: Statistic) -> None:
-            reduce(statistic)
-            alone(stage, statistic)
-
-    home = next(blocks[0].parameters()).device
+    require(model, "calibration" if reduce is None else "calibration by several processes")
+    traced, blocks = trace(model, windows), walkable_blocks(model)
+    home = next(blocks[0].module.parameters()).device
     device = torch.device(device or home)
     store = torch.device(store or device)
-    batches = _capture(model, blocks, windows, batch_size or len(windows), device, store)
-    one = _capture(model, blocks, windows[:1], 1, device, store)[0]
-    for index, block in enumerate(tqdm(blocks, desc=description, unit="block")):
-        block.to(device)
-        stages = _stages(index, block, one, device)
-        for batch, hidden in zip(batches, flow(block, stages, batches, observe, change, device), strict=True):
-            batch.hidden = hidden
-        block.to(home)
+    work = _Walk(observe, change, device, windows.numel(), reduce)
+    with one_by_one(model):
+        batches = capture(model, windows, batch_size or len(windows), device, store, traced.extras)
+        shown = capture(model, windows[:1, : traced.tokens], 1, device, store, traced.extras)[0]
+        for block in tqdm(blocks, desc=description, unit="block"):
+            block.module.to(device)
+            shown.hidden = traced.entered[block.index]
+            work.through(block, shown, batches, at_once)
+            block.module.to(home)
+    _warn(work)
+    return work.tokens
+
+
+def _warn(work: _Walk) -> None:
+    if work.few:
+        some = ", ".join(f"{name} ({tokens})" for name, tokens in list(work.few.items())[:3])
+        warnings.warn(
+            f"{len(work.few)} groups of matrices (mostly experts) were sent too few calibration tokens: {some}. Their "
+            "inputs were taken to be independent, and alike where hardly any came; more text reaches more experts.",
+            stacklevel=4,
+        )
 
 
 def collect(model: nn.Module, windows: Tensor, observe: Observe, **options) -> dict[str, Statistic]:
@@ -277,28 +293,25 @@ def collect(model: nn.Module, windows: Tensor, observe: Observe, **options) -> d
 
     `options` go to `walk`. Memory: one statistic per stage, four per block; Hessians of a 7B model do not fit.
     """
-    names = {linear: name for name, linear in iter_linears(model)}
     found = {}
 
     def note(stage: Stage, statistic: Statistic) -> None:
-        found.update({names[linear]: statistic for linear in stage.linears.values()})
+        found.update(dict.fromkeys(stage.named, statistic))
 
     walk(model, windows, observe, note, **{"description": "collect"} | options)
     return found
 
 
-def by_statistic(model: nn.Module, statistics: dict[str, Statistic]) -> Iterator[dict[str, nn.Linear]]:
+def by_statistic(model: nn.Module, statistics: dict[str, Statistic]) -> Iterator[dict[str, Linear]]:
     """Linear layers by name, those that share a statistic of `collect` together, in order of the first of them."""
-    stages: dict[int, dict[str, nn.Linear]] = {}
+    stages: dict[int, dict[str, Linear]] = {}
     for name, linear in iter_linears(model):
         stages.setdefault(id(statistics[name]), {})[name] = linear
     yield from tqdm(stages.values(), desc="layers", unit="stage", leave=False)
 
 
-def iter_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def iter_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """Every linear layer of the decoder blocks as (full name, layer): what compression changes."""
-    blocks = decoder_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
-    for index, block in enumerate(blocks):
-        for name, linear in block_linears(block).items():
-            yield f"{prefix}.{index}.{name}", linear
+    for block in walkable_blocks(model):
+        for name, linear in block.linears.items():
+            yield f"{block.path}.{name}", linear

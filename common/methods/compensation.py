@@ -5,7 +5,7 @@ they differ only in what a column is replaced by: GPTQ rounds it to a grid, Spar
 (Frantar et al., arXiv:2210.17323; Frantar & Alistarh, arXiv:2301.00774.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -16,6 +16,27 @@ from common.measure.cuda_graph import graphed
 
 BLOCK_COLUMNS = 128  # columns per lazy update of the columns to their right
 Replace = Callable[..., Tensor]  # see `compensate`
+
+
+class Unusable(ValueError):
+    """What was gathered of a layer's inputs does not allow what is asked of it; `naming` adds the layer's name."""
+
+
+@contextmanager
+def naming(names: Iterable[str]):
+    """Say which layer (the first of those that share an input) an `Unusable` statistic belongs to."""
+    try:
+        yield
+    except Unusable as error:
+        raise ValueError(f"{next(iter(names))}: {error}") from None
+
+
+def finite(values: Tensor) -> Tensor:
+    """`values`, gathered of a layer's inputs; raises Unusable where they are not numbers."""
+    if not values.isfinite().all():
+        bad = (~values.isfinite()).sum().item()
+        raise Unusable(f"{bad} of its {len(values)} inputs were NaN or inf (or too large for float32) in calibration.")
+    return values
 
 
 class Hessian:
@@ -43,17 +64,18 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """H [in_features, in_features]."""
+        finite(self.upper.diagonal())  # ‖x_j‖², and NaN or inf wherever an input was
         return (self.upper.triu() + self.upper.triu(1).T) * (2 / self.tokens)
 
     @property
     def norms(self) -> Tensor:
         """‖x_j‖₂ over all tokens, per input channel [in_features]: the diagonal alone, all that Wanda looks at."""
-        return self.upper.diagonal().sqrt()
+        return finite(self.upper.diagonal()).sqrt()
 
     @property
     def mean_absolute(self) -> Tensor:
         """mean |x| per input channel [in_features]."""
-        return self.absolute / self.tokens
+        return finite(self.absolute) / self.tokens
 
 
 @contextmanager
@@ -73,10 +95,20 @@ def inverse_cholesky(hessian: Tensor, damp_percent: float) -> Tensor:
 
     Row i of U is what eliminating columns 0…i-1 leaves of row i of H⁻¹, divided by the root of its diagonal entry:
     all the inverses that GPTQ's column loop would need, from one factorization (GPTQ paper, section 3.3).
+    Raises Unusable where the damped Hessian, or its inverse, is not positive definite.
     """
     damped = hessian.clone()
     damped.diagonal().add_(damp_percent * damped.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        dead = (hessian.diagonal() == 0).float().mean().item()
+        todo = f"Raise damp_percent (try {min(10 * damp_percent, 0.5):g} for {damp_percent:g}) or take more text."
+        if dead == 1:
+            todo = "Is what feeds it pruned away? RTN and magnitude pruning need no calibration."
+        raise Unusable(f"its Hessian has no inverse; {dead:.0%} of its inputs were always zero in calibration. {todo}")
+    return upper
 
 
 @one_thread()

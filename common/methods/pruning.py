@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Stage, Statistic, by_statistic, iter_linears, walk
-from common.methods.compensation import BLOCK_COLUMNS, Hessian, compensate, inverse_cholesky
+from common.methods.blocks import Linear, Stage, Statistic, by_statistic, iter_linears, walk
+from common.methods.compensation import BLOCK_COLUMNS, Hessian, compensate, finite, inverse_cholesky, naming
+from common.methods.requirements import require
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -83,7 +84,7 @@ class InputNorms:
     @property
     def norms(self) -> Tensor:
         """[in_features]"""
-        return self.squares.sqrt()
+        return finite(self.squares).sqrt()
 
 
 Choose = Callable[[Tensor, slice], Tensor]
@@ -190,13 +191,11 @@ def prune_model(
     `common.methods.blocks.walk`. A model that has zeros already is pruned further, with a warning.
     """
     _prepare(model, config, allocation)
-    names = {linear: name for name, linear in iter_linears(model)}
     home = model.device  # masks stay where the weights live, not where a block is worked on
     masks = {}
 
     def change(stage: Stage, statistic: Statistic) -> None:
-        linears = {names[linear]: linear for linear in stage.linears.values()}
-        results = _prune_linears(linears, statistic, config, allocation)
+        results = _prune_linears(stage.named, statistic, config, allocation)
         masks.update({name: keep.to(home) for name, keep in results.items()})
 
     if config.method == "magnitude":
@@ -224,11 +223,12 @@ def prune_once(
     return masks
 
 
-def _prune_linears(linears: dict[str, nn.Linear], statistic, config: PruneConfig, allocation) -> dict[str, Tensor]:
+def _prune_linears(linears: dict[str, Linear], statistic, config: PruneConfig, allocation) -> dict[str, Tensor]:
     """Prune layers that read the same input, in place; returns their masks."""
     sparsities = [allocation[name] if allocation else config.sparsity for name in linears]
     weights = [linear.weight for linear in linears.values()]
-    results = prune_together(weights, statistic, config, sparsities)
+    with naming(linears):
+        results = prune_together(weights, statistic, config, sparsities)
     for weight, (pruned, _) in zip(weights, results, strict=True):
         weight.copy_(pruned)
     return {name: keep for name, (_, keep) in zip(linears, results, strict=True)}
@@ -236,6 +236,7 @@ def _prune_linears(linears: dict[str, nn.Linear], statistic, config: PruneConfig
 
 def _prepare(model: nn.Module, config: PruneConfig, allocation: dict[str, float] | None) -> None:
     """Find what is wrong before minutes of work, not after."""
+    require(model, "weights")
     for name, linear in iter_linears(model):
         _check_width(config, linear.in_features, name)
     for sparsity in (allocation or {}).values():

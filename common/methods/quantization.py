@@ -17,8 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Stage, by_statistic, iter_linears, walk
-from common.methods.compensation import Hessian, compensate, inverse_cholesky
+from common.methods.blocks import Linear, Stage, by_statistic, iter_linears, walk
+from common.methods.compensation import Hessian, compensate, inverse_cholesky, naming
+from common.methods.requirements import require
 
 SHRINK_STEPS = torch.linspace(1.0, 0.5, 26).tolist()  # clipping candidates, as fractions of the full range
 
@@ -28,7 +29,7 @@ class QuantizeConfig:
     """How to quantize; names as in GPTQModel and transformers.GPTQConfig."""
 
     bits: int = 4
-    group_size: int = 64  # inputs that share a scale and a zero point
+    group_size: int = 64  # inputs that share a scale and a zero point; -1: all inputs of a row
     sym: bool = False  # symmetric: the zero point is fixed in the middle of the grid
     desc_act: bool = True  # act-order: columns with the largest activations first (groups stay where they are)
     mse: bool = True  # search each group's clipping range; False keeps the extreme values
@@ -37,17 +38,30 @@ class QuantizeConfig:
     def __post_init__(self):
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}.")
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be a positive number of inputs, got {self.group_size}.")
+        if self.group_size < 1 and self.group_size != -1:
+            raise ValueError(f"group_size must be a positive number of inputs, or -1 for a row, got {self.group_size}.")
         if not 0 < self.damp_percent < 1:
             raise ValueError(f"damp_percent must lie between 0 and 1, got {self.damp_percent}.")
 
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def width(self, in_features: int) -> int:
+        """Inputs per group of a layer. Raises ValueError where group_size does not divide its inputs."""
+        if self.group_size == -1:
+            return in_features
+        if in_features % self.group_size:
+            divisor = next(g for g in (128, 64, 32, 16, 8, 4, 2, 1) if in_features % g == 0)
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {in_features} inputs of a layer; "
+                f"choose a divisor such as {divisor}."
+            )
+        return self.group_size
+
     def label(self, method: str) -> str:
         """A short name for tables and folders, such as `gptq-w4-g64-asym-mse-act`."""
-        parts = [method, f"w{self.bits}", f"g{self.group_size}", "sym" if self.sym else "asym"]
+        groups = "row" if self.group_size == -1 else f"g{self.group_size}"
+        parts = [method, f"w{self.bits}", groups, "sym" if self.sym else "asym"]
         parts += ["mse"] * self.mse + ["act"] * (self.desc_act and method == "gptq")
         return "-".join(parts)
 
@@ -88,17 +102,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The float32 matrix [out, in] that the codes stand for."""
         per_column = (self.scale.float(), self.zero.float())
-        scale, zero = (t.repeat_interleave(self.config.group_size, dim=1) for t in per_column)
+        scale, zero = (t.repeat_interleave(self.config.width(self.codes.shape[1]), dim=1) for t in per_column)
         return (self.codes.float() - zero) * scale
-
-
-def _groups(in_features: int, group_size: int) -> int:
-    if in_features % group_size:
-        raise ValueError(
-            f"group_size {group_size} does not divide the {in_features} inputs of a layer; "
-            f"choose a divisor such as {next(g for g in (128, 64, 32, 16, 8, 4, 2, 1) if in_features % g == 0)}."
-        )
-    return in_features // group_size
 
 
 def find_grid(weight: Tensor, config: QuantizeConfig, importance: Tensor | None = None) -> Grid:
@@ -108,8 +113,9 @@ def find_grid(weight: Tensor, config: QuantizeConfig, importance: Tensor | None 
     weighted by `importance` [in] if given (the Hessian's diagonal: what the error costs at the output).
     """
     out_features, in_features = weight.shape
-    groups = _groups(in_features, config.group_size)
-    w = weight.float().view(out_features, groups, config.group_size)
+    width = config.width(in_features)
+    groups = in_features // width
+    w = weight.float().reshape(out_features, groups, width)
     max_code = 2**config.bits - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     if config.sym:
@@ -147,7 +153,7 @@ def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
 def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     """Round every weight [out, in] to the nearest point of its group's grid. Needs no data."""
     grid = find_grid(weight, config)
-    group = torch.arange(weight.shape[1], device=weight.device) // config.group_size
+    group = torch.arange(weight.shape[1], device=weight.device) // config.width(weight.shape[1])
     return _pack(grid.encode(weight.float(), group), grid, config)
 
 
@@ -163,7 +169,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor |
     order = order.to(weight.device)
     grid = find_grid(weight, config, importance=diagonal)
     factor = inverse_cholesky(hessian[order][:, order], config.damp_percent)
-    group = order // config.group_size  # of each column, in that order
+    group = order // config.width(len(order))  # of each column, in that order
     along = [grid.scale[:, group].T.contiguous(), grid.zero[:, group].T.contiguous()]
     along += [] if keep is None else [keep[:, order].T.contiguous()]
 
@@ -183,11 +189,17 @@ def _rounding(max_code: int) -> Callable[..., Tensor]:
     return nearest
 
 
+def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
+    """Raise ValueError where group_size does not divide a layer's inputs: before minutes of work, not after."""
+    for _, linear in iter_linears(model):
+        config.width(linear.in_features)
+
+
 @torch.no_grad()
 def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
     """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
-    for _, linear in iter_linears(model):
-        _groups(linear.in_features, config.group_size)  # before the first layer is changed
+    require(model, "weights")
+    check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):
         quantized[name] = rtn(linear.weight, config)
@@ -210,15 +222,12 @@ def gptq_model(
     wants; otherwise error compensation refills some of them. quantize: `gptq`, or the same shared out among processes
     (`common.parallel`). `walk_options` go to `common.methods.blocks.walk`.
     """
-    for _, linear in iter_linears(model):
-        _groups(linear.in_features, config.group_size)  # before minutes of work, not after
-    names = {linear: name for name, linear in iter_linears(model)}
+    check_widths(model, config)
     home = model.device  # results stay where the weights live, not where a block is worked on
     quantized = {}
 
     def change(stage: Stage, statistic: Hessian) -> None:
-        linears = {names[linear]: linear for linear in stage.linears.values()}
-        results = _gptq_linears(linears, statistic, config, keep_zeros, quantize)
+        results = _gptq_linears(stage.named, statistic, config, keep_zeros, quantize)
         quantized.update({name: result.to(home) for name, result in results.items()})
 
     walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
@@ -237,11 +246,12 @@ def gptq_once(
 
 
 def _gptq_linears(
-    linears: dict[str, nn.Linear], statistic: Hessian, config, keep_zeros, quantize=gptq
+    linears: dict[str, Linear], statistic: Hessian, config, keep_zeros, quantize=gptq
 ) -> dict[str, QuantizedWeight]:
     """GPTQ for layers that read the same input, in place and in one column loop; returns their quantized weights."""
     stacked = torch.cat([linear.weight for linear in linears.values()])
-    result = quantize(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
+    with naming(linears):
+        result = quantize(stacked, statistic.matrix, config, keep=stacked != 0 if keep_zeros else None)
     quantized, start = {}, 0
     for name, linear in linears.items():
         rows = slice(start, start := start + linear.out_features)

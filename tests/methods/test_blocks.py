@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from families import build
 from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
@@ -121,17 +120,20 @@ def test_observe_makes_one_statistic_per_stage(llama, windows):
 
 
 def test_all_at_once_costs_one_pass(llama, windows):
-    """As the docstring says: one pass through a block instead of five (after one sequence to find the stages)."""
+    """As the docstring says: one pass through a block instead of five.
+
+    Before it a short sequence goes through three times: in the model, block by block as the proof, to find the stages.
+    """
     sequences = []
     llama.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, args: sequences.append(len(args[0])))
     walk(llama, windows, Gram, lambda stage, statistic: None)
-    assert sequences == [1, 5]
+    assert sequences == [1, 1, 1, 5]
     sequences.clear()
     walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2)
-    assert sequences == [1] + 5 * [2, 2, 1]
+    assert sequences == 3 * [1] + 5 * [2, 2, 1]
     sequences.clear()
     walk(llama, windows, Gram, lambda stage, statistic: None, batch_size=2, at_once=True)
-    assert sequences == [1] + 2 * [2, 2, 1]
+    assert sequences == 3 * [1] + 2 * [2, 2, 1]
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -315,7 +317,11 @@ def test_gradients_are_not_kept(llama, windows):
 
 
 def test_a_model_without_linear_layers(windows):
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=256, n_positions=64))  # Conv1D
+    model = tiny("opt")
+    for block in decoder_blocks(model):
+        for name in block_linears(block):
+            owner, _, attribute = name.rpartition(".")
+            setattr(block.get_submodule(owner), attribute, nn.Identity())
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):
         walk(model, windows, Gram, lambda stage, statistic: None)
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):
@@ -371,3 +377,52 @@ def test_a_model_that_fails_before_its_blocks_is_left_as_it_was(llama, windows):
         walk(llama, windows, Gram, lambda stage, statistic: None)
     handle.remove()
     assert not [block for block in llama.model.layers if "forward" in vars(block)]
+
+
+# --- what blocks are called with -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("kind", ["xglm", "bamba", "gptj", "gemma3n_text", "rwkv"])
+def test_positional_arguments_and_tuples(kind, batch_size, windows):
+    """A mask by position (XGLM, Gemma 3n), a tuple returned (Bamba, GPT-J, RWKV)."""
+    model = build(kind)
+    shown = walked(model, windows, batch_size=batch_size)
+    expected = forward_inputs(model, windows)
+    assert_same({key: shown[key] for key in expected}, expected)
+
+
+def test_a_later_token_does_not_reach_an_earlier_one(windows):
+    """XGLM's causal mask arrives by position: without it, calibration would look ahead."""
+    other, seen = windows.clone(), []
+    other[:, -1] = (other[:, -1] + 1) % 250
+    for each in (windows, other):
+        inputs = {}
+
+        class Keep(Gram):
+            def add(self, x):
+                self.x = x.clone()
+
+        walk(build("xglm"), each, Keep, lambda stage, kept, inputs=inputs: inputs.update({str(stage.linears): kept.x}))
+        seen.append(list(inputs.values()))
+    for one, two in zip(*seen, strict=True):
+        before_last = [x.view(5, 16, -1)[:, :-1] for x in (one, two)]
+        torch.testing.assert_close(*before_last, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused_before_the_first_change(windows):
+    model = build("zaya")
+    with pytest.raises(ValueError, match="ZayaForCausalLM cannot be walked: block 1"):
+        walk(model, windows, Gram, lambda stage, statistic: pytest.fail("changed something"))
+
+
+def test_a_block_that_computes_something_else_on_its_own_is_refused(llama, windows):
+    counted = []
+
+    def drift(*_):
+        counted.append(1)
+        return torch.ones(()) * len(counted)
+
+    llama.model.layers[1].mlp.register_forward_hook(lambda _, __, out: out * drift())
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be walked: block 1"):
+        walk(llama, windows, Gram, lambda stage, statistic: pytest.fail("changed something"))

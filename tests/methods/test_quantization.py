@@ -376,7 +376,7 @@ def test_gptq_model_beats_rtn_model(make_llama, windows):
         ({"damp_percent": 0}, "damp_percent.*between 0 and 1"),
         ({"damp_percent": 1.0}, "damp_percent.*between 0 and 1"),
         ({"group_size": 0}, "group_size must be a positive"),
-        ({"group_size": -1}, "group_size must be a positive"),
+        ({"group_size": -2}, "group_size must be a positive"),
     ],
 )
 def test_settings_that_make_no_sense(setting, words):
@@ -482,3 +482,18 @@ def test_gptq_gives_the_threads_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_group_size_minus_one_is_one_group_a_row(method, make_llama, windows):
+    """As everywhere: -1 gives each row one scale, the same as a group as wide as the layer."""
+    model, row = make_llama(), QuantizeConfig(group_size=-1)
+    quantized = rtn_model(model, row) if method == "rtn" else gptq_model(model, windows, row)
+    assert row.label("gptq") == "gptq-w4-row-asym-mse-act"
+    for name, weight in quantized.items():
+        assert weight.scale.shape == (len(weight.codes), 1)
+        torch.testing.assert_close(model.get_submodule(name).weight, weight.dequantize())
+    q_proj = "model.layers.0.self_attn.q_proj"
+    if method == "rtn":
+        expected = rtn(make_llama().get_submodule(q_proj).weight.detach(), QuantizeConfig(group_size=64))
+        assert torch.equal(quantized[q_proj].codes, expected.codes)

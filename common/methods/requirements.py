@@ -1,0 +1,58 @@
+"""What a step needs of a model, checked before the step changes anything.
+
+Each need is a function that returns what is missing, in words, or None. What only a forward pass can tell (do the
+blocks, called one by one, compute what the model does?) is proven by `capture.trace`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from common.methods.capture import walkable_blocks
+from common.methods.experts import Matrix, left_out
+
+Need = Callable[[nn.Module], str | None]
+
+
+def known_layout(model: nn.Module) -> str | None:
+    """No large share of the weights sits in parameters that this course does not know how to read."""
+    for block in walkable_blocks(model):
+        if names := left_out(block.module):
+            return f"{block.path}.{names[0]} holds a large share of its block's weights in a layout not known here"
+    return None
+
+
+def finite_weights(model: nn.Module) -> str | None:
+    """No weight of a layer that would be changed is NaN or inf."""
+    for block in walkable_blocks(model):
+        for name, linear in block.linears.items():
+            low, high = linear.weight.detach().aminmax()  # both are NaN where one weight is
+            if not torch.isfinite(low + high):
+                return f"{block.path}.{name} has a weight that is NaN or inf"
+    return None
+
+
+def layers_of_their_own(model: nn.Module) -> str | None:
+    """Every matrix is the weight of an `nn.Linear`: what a file format stores, and where activations can be rounded."""
+    for block in walkable_blocks(model):
+        for name, linear in block.linears.items():
+            if isinstance(linear, Matrix):
+                return f"{block.path}.{name} is no nn.Linear but part of a {type(linear.owner).__name__}"
+    return None
+
+
+NEEDS: dict[str, tuple[Need, ...]] = {
+    "weights": (known_layout, finite_weights),  # RTN, magnitude
+    "calibration": (known_layout, finite_weights),  # GPTQ, AWQ, Wanda, SparseGPT: `walk`
+    "calibration by several processes": (layers_of_their_own, known_layout, finite_weights),  # experts' tokens differ
+    "rounded activations": (layers_of_their_own, known_layout, finite_weights),  # W8A8
+    "layer files": (layers_of_their_own,),  # formats that store one layer under one name
+}
+
+
+def require(model: nn.Module, step: str) -> None:
+    """Raise ValueError, in one sentence, where `model` lacks what `step` (a key of NEEDS) needs."""
+    for need in NEEDS[step]:
+        if missing := need(model):
+            raise ValueError(f"{type(model).__name__} does not have what this step needs ({step}): {missing}.")

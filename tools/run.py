@@ -19,7 +19,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from common.course.assets import embedded_folder
+from common.course.embedded import embedded_folder
 from common.course.environment import device_name
 from common.course.settings import CHAPTER, PROFILES, ROOT, load_settings, resolve_profile, slug, work_folder
 from common.measure import results

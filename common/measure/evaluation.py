@@ -24,7 +24,7 @@ TOKENS_TOGETHER = {"cuda": 4096, "cpu": 512}  # read in one pass: a GPU waits fo
 class _PerWindow:
     """What `compare` needs; in slots, since `vars(quality)` is the row of figures that notebooks show."""
 
-    __slots__ = ("choices", "hits", "losses")
+    __slots__ = ("choices", "divergences", "hits", "losses")
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Quality(_PerWindow):
     """What `evaluate` measures. `kl` (nats per token) and `top1` (share) exist only against a baseline.
 
     After `evaluate` also, for `compare`: losses [windows], nats per token of each; choices [windows, seqlen - 1], the
-    likeliest token at every position; hits, bool of the same shape, whether it was the true one.
+    likeliest token at every position; hits, bool of the same shape, whether it was the true one; divergences, the KL of
+    each window that was compared.
     """
 
     perplexity: float
@@ -83,7 +84,8 @@ def evaluate(
     perplexity = loss.mean().exp().item()
     error = perplexity * loss.std(correction=1).item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     quality = Quality(perplexity, error, _mean(divergences), _mean(agreements))
-    quality.losses, quality.hits, quality.choices = loss, torch.stack(hits), torch.stack(choices)
+    quality.losses, quality.divergences = loss, torch.tensor(divergences, dtype=torch.float64)
+    quality.hits, quality.choices = torch.stack(hits), torch.stack(choices)
     return quality
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.course.environment import GIB, device_name, usage, versions
 from common.course.settings import Settings, slug, work_folder
-from common.measure.evaluation import compare
+from common.measure.evaluation import compare, estimate
 
 
 def protocol_hash(protocol: dict) -> str:
@@ -71,10 +71,10 @@ class Recorder:
             record["interval"] = list(interval)
         merge([record], self.file)
 
-    def estimate(self, key: str, estimate, unit: str, **same) -> None:
+    def estimate(self, key: str, found, unit: str, **same) -> None:
         """Store an `evaluation.Estimate` with its standard error and its interval; the rest as in `record`."""
-        interval = (estimate.low, estimate.high)
-        self.record(key, estimate.value, unit, spread=estimate.standard_error, interval=interval, **same)
+        interval = (found.low, found.high)
+        self.record(key, found.value, unit, spread=found.standard_error, interval=interval, **same)
 
     def rows(self, key: str, values: dict[str, float], unit: str, *, spread: dict | None = None, **same) -> None:
         """Store one figure per artifact: `values` and `spread` by artifact, the rest as in `record`."""
@@ -108,9 +108,14 @@ class Recorder:
         )
         compared = min(windows, settings.kl_windows)
         against = protocol | {"windows": compared, "against": "original"}
-        for key, value, unit in (("kl", quality.kl, "nats/token"), ("top1", quality.top1, "share")):
-            if value is not None:
-                self.record(key, value, unit, artifact=artifact, protocol=against, n=compared)
+        same = {"artifact": artifact, "protocol": against, "n": compared}
+        divergences = getattr(quality, "divergences", ())
+        if len(divergences) > 1:  # each of them compares both models already, so their mean is a paired figure
+            self.estimate("kl", estimate(divergences), "nats/token", **same)
+        elif quality.kl is not None:
+            self.record("kl", quality.kl, "nats/token", **same)
+        if quality.top1 is not None:
+            self.record("top1", quality.top1, "share", **same)
         if reference is not None:
             self._comparison(compare(quality, reference), artifact, protocol | {"against": "original"}, windows)
 

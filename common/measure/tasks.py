@@ -135,13 +135,16 @@ def log_likelihoods(model: nn.Module, tokenizer, pairs: list[tuple[str, str]]) -
         skip = min(encoded[i][1] for i in batch) - 1  # before it, nothing is asked
         ids = ids.to(model.device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=width - skip).logits
+        scored = []
         for row, i in enumerate(batch):
             tokens, start = encoded[i]
             asked = logits[row, start - 1 - skip : len(tokens) - 1 - skip]
             log_probs = F.log_softmax(asked, dim=-1, dtype=torch.float32)
             target = torch.tensor(tokens[start:], device=ids.device)
-            total = log_probs.gather(1, target[:, None]).sum().item()
-            found[i] = (total, bool((log_probs.argmax(-1) == target).all()))
+            greedy = (log_probs.argmax(-1) == target).all()
+            scored.append(torch.stack([log_probs.gather(1, target[:, None]).sum(), greedy.float()]))
+        for i, (total, greedy) in zip(batch, torch.stack(scored).tolist(), strict=True):  # one wait for the GPU
+            found[i] = (total, greedy == 1)
         progress.update(len(batch))
     progress.close()
     return found
@@ -185,7 +188,7 @@ def write_tasks(folder: Path, count: int) -> None:
 
 
 def harness(model: nn.Module, tokenizer, tasks: list[str], count: int, folder: Path) -> dict[str, Tensor]:
-    """Task → which items a model answers right, bool [items], by lm-evaluation-harness; needs `lm-eval`.
+    """Task → which items a model answers right, bool [items], by lm-evaluation-harness.
 
     tasks: offline ones (written to `folder`) or names of the harness's own, which need a network.
     """

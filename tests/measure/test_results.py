@@ -8,7 +8,7 @@ import pytest
 from common.course.environment import Usage
 from common.course.settings import load_settings
 from common.measure import results
-from common.measure.evaluation import Quality, compare, evaluate
+from common.measure.evaluation import Baseline, Quality, compare, evaluate
 from tools import provenance, tables
 
 SPEC = {
@@ -287,3 +287,15 @@ def test_a_paired_comparison_is_stored_with_its_interval(recorder, llama, window
     columns = {"perplexity-ratio": {"title": "倍率", "format": "{:.3f} [{low:.3f}, {high:.3f}]"}}
     table = tables.render_table(SPEC | {"columns": columns}, results.read(recorder.file))
     assert f"{found.ratio.value:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" in table
+
+
+def test_kl_has_an_interval_where_it_has_windows(recorder, llama, windows):
+    baseline = Baseline(windows=3)
+    evaluate(llama, windows, keep=baseline)
+    llama.model.norm.weight.data *= 1.1
+    quality = evaluate(llama, windows, against=baseline)
+    recorder.quality(quality, artifact="gptq", windows=5)
+    (kl,) = (r for r in results.read(recorder.file) if r["key"] == "kl")
+    assert kl["value"] == pytest.approx(quality.kl)
+    assert kl["interval"][0] < kl["value"] < kl["interval"][1]
+    assert kl["spread"] == pytest.approx(quality.divergences.std().item() / 3**0.5)

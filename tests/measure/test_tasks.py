@@ -89,16 +89,13 @@ def test_a_greedy_continuation_is_found(llama, tokenizer, monkeypatch):
 def test_answers_are_chosen_by_likelihood_per_character(monkeypatch):
     """-6 nats for 3 characters is worse than -8 nats for 8."""
     scores = [(-6.0, False), (-8.0, False), (-3.0, True), (-1.0, False)]
-    monkeypatch.setattr(
-        tasks, "log_likelihoods", lambda *_: [(-6.0, False), (-8.0, False), (-3.0, True), (-1.0, False)]
-    )
+    monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: scores)
     items = [Item("q", ["abc", "abcdefgh"], 1), Item("q", ["x"], 0), Item("q", ["y"], 0)]
     assert answers(None, None, items).tolist() == [True, True, False]
 
 
 def test_the_harness_gives_the_same_answers(llama, tokenizer, tmp_path, monkeypatch):
     """Same items, same tiny model: item for item, in all three tasks."""
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tasks, "WORDS", 12)
     llama.config.max_position_embeddings = 2048  # rotary: none is stored

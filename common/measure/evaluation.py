@@ -78,14 +78,21 @@ def evaluate(
             original = F.log_softmax(against.logits[number].to(ids.device), dim=-1, dtype=torch.float32)
             divergences.append(F.kl_div(log_probs, original, log_target=True, reduction="sum").item() / len(logits))
             agreements.append((original.argmax(-1) == choice).float().mean().item())
-    loss = torch.tensor(losses, dtype=torch.float64)
-    if not loss.isfinite().all():
+    quality = quality_of(torch.tensor(losses, dtype=torch.float64), torch.stack(hits), torch.stack(choices))
+    quality.kl, quality.top1 = _mean(divergences), _mean(agreements)
+    quality.divergences = torch.tensor(divergences, dtype=torch.float64)
+    return quality
+
+
+def quality_of(losses: Tensor, hits: Tensor, choices: Tensor) -> Quality:
+    """A Quality from what was measured of each window; ValueError where a loss is not finite."""
+    if not losses.isfinite().all():
         raise ValueError("The model's loss is not finite: its weights or its logits hold NaN or inf.")
-    perplexity = loss.mean().exp().item()
-    error = perplexity * loss.std(correction=1).item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
-    quality = Quality(perplexity, error, _mean(divergences), _mean(agreements))
-    quality.losses, quality.divergences = loss, torch.tensor(divergences, dtype=torch.float64)
-    quality.hits, quality.choices = torch.stack(hits), torch.stack(choices)
+    perplexity = losses.mean().exp().item()
+    error = perplexity * losses.std(correction=1).item() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    quality = Quality(perplexity, error)
+    quality.losses, quality.hits, quality.choices = losses, hits, choices
+    quality.divergences = torch.empty(0, dtype=torch.float64)
     return quality
 
 

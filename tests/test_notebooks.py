@@ -193,7 +193,7 @@ def test_setup_notebooks_give_the_committed_outputs():
     assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in checked)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", *setups]
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
-    unpack = [sys.executable, "-c", "from common.course.assets import embedded_folder; embedded_folder()"]
+    unpack = [sys.executable, "-c", "from common.course.embedded import embedded_folder; embedded_folder()"]
     subprocess.run(unpack, cwd=ROOT, env=environment, check=True)  # its first use says so; nbval compares stderr, too
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]

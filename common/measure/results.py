@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.course.environment import GIB, device_name, usage, versions
 from common.course.settings import Settings, slug, work_folder
+from common.measure.evaluation import compare, estimate
 
 
 def protocol_hash(protocol: dict) -> str:
@@ -39,12 +40,14 @@ class Recorder:
         protocol: dict,
         n: int = 1,
         spread: float | None = None,
+        interval: tuple[float, float] | None = None,
         headline: bool = False,
     ) -> None:
         """Store one figure; measuring the same thing again replaces it.
 
         key: what is measured, such as "perplexity"; artifact: of which model; n: runs, windows or samples behind it;
-        spread: its standard error or standard deviation, in `unit`; headline: shown in the summary of a run.
+        spread: its standard error or standard deviation, in `unit`; interval: its 95 % interval, in `unit`;
+        headline: shown in the summary of a run.
         """
         settings = self.settings
         record = {
@@ -64,7 +67,14 @@ class Recorder:
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
         }
+        if interval is not None:
+            record["interval"] = list(interval)
         merge([record], self.file)
+
+    def estimate(self, key: str, found, unit: str, **same) -> None:
+        """Store an `evaluation.Estimate` with its standard error and its interval; the rest as in `record`."""
+        interval = (found.low, found.high)
+        self.record(key, found.value, unit, spread=found.standard_error, interval=interval, **same)
 
     def rows(self, key: str, values: dict[str, float], unit: str, *, spread: dict | None = None, **same) -> None:
         """Store one figure per artifact: `values` and `spread` by artifact, the rest as in `record`."""
@@ -83,11 +93,16 @@ class Recorder:
             milliseconds = latency.percentile(q) * 1e3
             self.record(f"{key}-p{q}", milliseconds, "ms", artifact=artifact, protocol=protocol, n=n)
 
-    def quality(self, quality, *, artifact: str, windows: int, headline: bool = False) -> None:
-        """Store an `evaluation.Quality` under the lab's protocol for `windows` test windows."""
+    def quality(
+        self, quality, *, artifact: str, windows: int, headline: bool = False, reference=None, corpus: str = ""
+    ) -> None:
+        """Store an `evaluation.Quality` under the lab's protocol for `windows` test windows.
+
+        reference: the original's Quality on the same windows; adds the paired comparison. corpus: where not the lab's.
+        """
         settings = self.settings
         protocol = {
-            "corpus": settings.corpus,
+            "corpus": corpus or settings.corpus,
             "split": "test",
             "seqlen": settings.seqlen,
             "windows": windows,
@@ -105,9 +120,23 @@ class Recorder:
         )
         compared = min(windows, settings.kl_windows)
         against = protocol | {"windows": compared, "against": "original"}
-        for key, value, unit in (("kl", quality.kl, "nats/token"), ("top1", quality.top1, "share")):
-            if value is not None:
-                self.record(key, value, unit, artifact=artifact, protocol=against, n=compared)
+        same = {"artifact": artifact, "protocol": against, "n": compared}
+        divergences = getattr(quality, "divergences", ())
+        if len(divergences) > 1:  # each of them compares both models already, so their mean is a paired figure
+            self.estimate("kl", estimate(divergences), "nats/token", **same)
+        elif quality.kl is not None:
+            self.record("kl", quality.kl, "nats/token", **same)
+        if quality.top1 is not None:
+            self.record("top1", quality.top1, "share", **same)
+        if reference is not None:
+            self._comparison(compare(quality, reference), artifact, protocol | {"against": "original"}, windows)
+
+    def _comparison(self, comparison, artifact: str, protocol: dict, n: int) -> None:
+        same = {"artifact": artifact, "protocol": protocol, "n": n}
+        self.estimate("log-perplexity-difference", comparison.log_perplexity, "nats/token", **same)
+        self.estimate("perplexity-ratio", comparison.ratio, "ratio", **same)
+        for key in ("flips", "right_before", "right_after"):
+            self.record(key.replace("_", "-"), getattr(comparison, key), "share", **same)
 
     def finish(self) -> None:
         """Last step of every notebook: print and store the time and the memory it took."""

@@ -1,6 +1,7 @@
 """Model specs and what a student reads when one does not work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,8 +88,9 @@ def test_too_little_memory_says_how_much_is_needed():
         assets.require_memory(2**50, "Model 'huge'", torch.device("cpu"))
 
 
-def test_embedded_model_is_what_facts_say():
-    folder = assets.embedded_folder()
+@pytest.mark.parametrize("spec", ["embedded", "embedded-as-shipped"])
+def test_embedded_model_is_what_facts_say(spec):
+    folder = Path(assets.locate(spec))
     assert (folder / "model.safetensors").stat().st_size == 269_060_552
     tensors = load_file(folder / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == 134_515_008

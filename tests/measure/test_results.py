@@ -8,7 +8,7 @@ from common.course.environment import Usage
 from common.course.settings import load_settings
 from common.measure import results
 from common.measure.benchmarking import Latency
-from common.measure.evaluation import Quality
+from common.measure.evaluation import Baseline, Quality, compare, evaluate
 from tools import tables
 
 SPEC = {
@@ -255,3 +255,38 @@ def test_every_committed_record_says_which_code_and_versions_made_it():
     records = tables.committed()
     assert records
     assert not [r for r in records if not r["code"] or not r["versions"].get("torch")]
+
+
+def test_a_paired_comparison_is_stored_with_its_interval(recorder, llama, windows):
+    original = evaluate(llama, windows)
+    llama.model.norm.weight.data *= 1.1
+    quality = evaluate(llama, windows)
+    recorder.quality(quality, artifact="gptq", windows=5, reference=original, corpus="wiki-leads-fr")
+    stored = {r["key"]: r for r in results.read(recorder.file)}
+    found = compare(quality, original)
+    ratio = stored["perplexity-ratio"]
+    assert (ratio["value"], ratio["spread"], ratio["n"]) == (found.ratio.value, found.ratio.standard_error, 5)
+    assert ratio["interval"] == [found.ratio.low, found.ratio.high]
+    assert ratio["protocol"]["against"] == "original"
+    assert ratio["protocol"]["corpus"] == "wiki-leads-fr"
+    assert stored["log-perplexity-difference"]["value"] == found.log_perplexity.value
+    assert [stored[key]["value"] for key in ("flips", "right-before", "right-after")] == [
+        found.flips,
+        found.right_before,
+        found.right_after,
+    ]
+    columns = {"perplexity-ratio": {"title": "倍率", "format": "{:.3f} [{low:.3f}, {high:.3f}]"}}
+    table = tables.render_table(SPEC | {"columns": columns}, results.read(recorder.file))
+    assert f"{found.ratio.value:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" in table
+
+
+def test_kl_has_an_interval_where_it_has_windows(recorder, llama, windows):
+    baseline = Baseline(windows=3)
+    evaluate(llama, windows, keep=baseline)
+    llama.model.norm.weight.data *= 1.1
+    quality = evaluate(llama, windows, against=baseline)
+    recorder.quality(quality, artifact="gptq", windows=5)
+    (kl,) = (r for r in results.read(recorder.file) if r["key"] == "kl")
+    assert kl["value"] == pytest.approx(quality.kl)
+    assert kl["interval"][0] < kl["value"] < kl["interval"][1]
+    assert kl["spread"] == pytest.approx(quality.divergences.std().item() / 3**0.5)

@@ -1,0 +1,71 @@
+"""The original's results, measured once and kept on disk: every notebook compares with them.
+
+They are found again by what they depend on: the model's files, the test tokens, how many windows keep their logits, the
+number type, and the code that measures.
+"""
+
+import hashlib
+import inspect
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.course.assets import locate
+from common.course.settings import Settings, slug, work_folder
+from common.measure import evaluation
+from common.measure.evaluation import Baseline, Quality, evaluate
+
+KEPT = 4  # references on disk; the oldest goes first. One of 12 windows of 512 tokens takes 0.6 GB
+
+
+def original(
+    settings: Settings, windows: Tensor, load: Callable[[], nn.Module], *, keep: int = 0
+) -> tuple[Quality, Baseline]:
+    """The original's Quality on `windows` and its logits on the first `keep` of them, measured where not kept already.
+
+    load: gives the model on its device; called only where something must be measured.
+    """
+    keep = min(keep, len(windows))
+    file = work_folder() / "references" / f"{slug(settings.model)}-{_key(settings, windows, keep)}.safetensors"
+    if not file.exists():
+        baseline = Baseline(keep)
+        _save(evaluate(load(), windows, keep=baseline), baseline, file)
+    return _load(file)
+
+
+def _key(settings: Settings, windows: Tensor, keep: int) -> str:
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    folder = Path(locate(settings.model))
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    code = [inspect.getsource(evaluation.evaluate), inspect.getsource(evaluation._logits)]
+    for part in (settings.model, files, keep, settings.dtype, settings.device.type, torch.__version__, code):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(quality: Quality, baseline: Baseline, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = sorted(file.parent.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+    for old in kept[: max(0, len(kept) - KEPT + 1)]:
+        old.unlink()
+    tensors = {"losses": quality.losses, "hits": quality.hits, "choices": quality.choices}
+    tensors |= {f"logits.{number:04}": logits.contiguous() for number, logits in enumerate(baseline.logits)}
+    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(file.parent).free
+    if free < needed:
+        raise OSError(f"Keeping the original's results takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB.")
+    aside = file.with_suffix(".new")  # written aside, then renamed: an interruption leaves nothing half
+    save_file(tensors, aside)
+    aside.replace(file)
+
+
+def _load(file: Path) -> tuple[Quality, Baseline]:
+    with safe_open(file, framework="pt") as tensors:
+        losses, hits, choices = (tensors.get_tensor(name) for name in ("losses", "hits", "choices"))
+        names = sorted(name for name in tensors.keys() if name.startswith("logits."))  # noqa: SIM118
+        logits = [tensors.get_tensor(name) for name in names]
+    return evaluation.quality_of(losses, hits, choices), Baseline(len(logits), logits)

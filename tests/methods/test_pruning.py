@@ -5,10 +5,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import correlated_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from inputs import correlated_inputs
 from torch import nn
 
 from common.methods.blocks import collect, iter_linears

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import correlated_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from inputs import correlated_inputs
 from torch import nn
 
 from common.methods import compensation, quantization

@@ -51,7 +51,7 @@ def test_the_steps_name_what_exists():
     for target in sorted(set(re.findall(r"make (\w+)", text))):
         subprocess.run(["make", "-n", target, "NOTEBOOK=01"], cwd=ROOT, check=True, capture_output=True, timeout=60)
     modules = re.findall(r"python -m (tools\.\w+)", text)
-    assert modules == ["tools.compare"]
+    assert modules == ["tools.drift"]
     for module in modules:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
 
@@ -60,7 +60,7 @@ def test_the_notebooks_run_once_then_the_gpu_tests_then_the_comparison():
     notebooks, tests, comparison = commands("embedded")
     assert "make labs PROFILE=gpu GPU_MEMORY=15 AGAIN=1" in notebooks
     assert "pytest --color=no -m gpu" in tests
-    assert "tools.compare" in comparison
+    assert "tools.drift" in comparison
     later = [step for step in JOBS["embedded"]["steps"] if step.get("run") in (tests, comparison)]
     assert [step["if"] for step in later] == ["${{ !cancelled() }}"] * 2, "a failing notebook does not hide the others"
 

@@ -8,9 +8,8 @@ import tarfile
 
 import pytest
 
-from common.course.settings import ROOT
+from common.course.settings import CHAPTER, ROOT
 from tools import tables
-from tools.run import CHAPTER
 
 sys.path.insert(0, str(ROOT / "tools" / "recording"))
 import merge

@@ -1,6 +1,6 @@
 """Compare a run's figures with the committed ones: what the nightly does after it ran the notebooks.
 
-    python -m tools.compare [--profile gpu]      exit status 1, and a line each, where figures moved or are missing
+    python -m tools.drift [--profile gpu]      exit status 1, and a line each, where figures moved or are missing
 
 What is compared follows from a record's unit. Speeds are left out: they belong to the machine and to what else ran on
 it. The tolerances are bounds on what rounding and another GPU may do, with room; a bug moves figures further.
@@ -53,7 +53,7 @@ def moved(old: dict, new: dict) -> str:
     if unit in SPEEDS or old["key"] in SPEED_KEYS or (unit in ON_THE_SAME_DEVICE and not same_device):
         return ""
     if unit not in TOLERANCES | ON_THE_SAME_DEVICE:
-        raise ValueError(f"Unit {unit!r} of {old['key']!r} has no tolerance: name it in tools/compare.py.")
+        raise ValueError(f"Unit {unit!r} of {old['key']!r} has no tolerance: name it in tools/drift.py.")
     relative, absolute = (TOLERANCES | ON_THE_SAME_DEVICE)[unit]
     allowed = max(relative * abs(before), absolute)
     if abs(after - before) <= allowed:  # false for NaN, too

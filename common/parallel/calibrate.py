@@ -10,14 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.course.assets import load_model
+from common.measure.evaluation import evaluate
 from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq, gptq_model
 from common.parallel.collective import add_up, by_rows, clock, folder_given, mine, peaks, together, write_result
 
 
 def calibrate(job: dict, device: torch.device, folder) -> dict[str, torch.Tensor]:
-    """The job's method on this process's windows; returns codes (GPTQ) or masks (pruning) by layer name."""
-    windows = mine(load_file(folder / "windows.safetensors")["windows"])
+    """The job's method on this process's windows; returns codes (GPTQ) or masks (pruning) by layer name.
+
+    Where the folder's windows come with `tests`, the result has the perplexity on them.
+    """
+    given = load_file(folder / "windows.safetensors")
+    windows = mine(given["windows"])
     model = load_model(job["model"], getattr(torch, job["dtype"]), device if job["on_device"] else "cpu")
     options = {"device": device, "batch_size": job["batch_size"], "reduce": add_up}
     start = clock(device)
@@ -27,7 +32,10 @@ def calibrate(job: dict, device: torch.device, folder) -> dict[str, torch.Tensor
     else:
         found = prune_model(model, windows, PruneConfig(**job["config"]), **options)
     seconds = clock(device) - start
-    write_result(folder, seconds=seconds, peak_bytes=peaks(), windows=len(windows))
+    used = peaks()
+    quality = evaluate(model.to(device), given["tests"]) if "tests" in given else None
+    perplexity = quality.perplexity if quality else None
+    write_result(folder, seconds=seconds, peak_bytes=used, windows=len(windows), perplexity=perplexity)
     return found
 
 

@@ -20,10 +20,8 @@ from transformers import AutoConfig
 from common.course.assets import load_model, load_tokenizer, locate
 from common.formats.gptq import load_dequantized
 from common.serving.api import Limits, create_app
-from common.serving.backend import HttpEngine
+from common.serving.backend import LOOPBACK, HttpEngine
 from common.serving.engine import TransformersEngine
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def load_engine(model: str, name: str, dtype: torch.dtype, limits: Limits) -> TransformersEngine:

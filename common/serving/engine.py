@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from torch import nn
 
-from common.serving.batching import Batch, Sampling, Sequence
+from common.serving.batching import Batch, Sampling, Sequence, require_batchable
 from common.serving.detokenize import Detokenizer
 from common.serving.schemas import ApiError, CompletionRequest, Piece, Request, invalid
 
@@ -30,12 +30,14 @@ class _Job:
 class TransformersEngine:
     """Serves `model` under `name`: at most `slots` sequences at a time.
 
-    With temperature 0 an answer equals `model.generate(do_sample=False)`. That holds in float32; in bfloat16 batches
+    With temperature 0 an answer equals `model.generate(do_sample=False)` with its penalties off: the request decides
+    how tokens are chosen, not the model's generation settings. That holds in float32; in bfloat16 batches
     round differently and near ties turn out the other way: 11 of 24 answers of 32 tokens changed in a batch of 8
-    (SmolLM2-135M on a CPU; in float32 none did).
+    (SmolLM2-135M on a CPU; in float32 none did). Raises ValueError for a model that this engine would not serve right.
     """
 
     def __init__(self, model: nn.Module, tokenizer, name: str, *, slots: int, max_prompt: int, max_output: int):
+        require_batchable(model)
         self.tokenizer, self.name, self.max_prompt = tokenizer, name, max_prompt
         ends = model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}

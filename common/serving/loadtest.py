@@ -65,7 +65,7 @@ class LoadTest:
 def scrape(url: str) -> Counter:
     """The service's metrics now: name → value, summed over labels; histogram buckets as name:upper bound."""
     values = Counter()
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text):
         for sample in family.samples:
             bound = sample.labels.get("le")
             values[f"{sample.name}:{bound}" if bound else sample.name] += sample.value
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sizes = ("--slots", str(settings.service_slots), "--queue", str(settings.service_queue))
         with serve(options.model, *sizes) as url:
-            name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+            name = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
             test = run(url, name, objective=objective, **request)
     print(test.levels.round(2).T.to_string())
     print(

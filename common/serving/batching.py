@@ -158,6 +158,11 @@ class Batch:
         self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
 
+    def clear(self) -> None:
+        """Drop everything, keys and values too: after a failure nobody knows what they hold."""
+        self.cache = RowCache(self.rows, self.cache.context)
+        self.sequences = []
+
 
 @torch.inference_mode()
 def require_batchable(model: nn.Module) -> None:

@@ -81,11 +81,11 @@ def test_histogram_quantile_is_prometheus_own():
 def test_load_test_of_a_running_service(llama, chatty):
     """Real Locust against the tiny model: more users than slots and queue, so that some are refused."""
     with listening(make_engine(llama, chatty, delay=0.005), api_key="k") as url:
-        before = scrape(url)
+        before = scrape(url, "k")
         test = loadtest.run(
             url, "tiny", levels=[1, 4, 16], seconds=3, max_tokens=8, objective=Objective(0.2, 0.1), api_key="k"
         )
-        after = scrape(url)
+        after = scrape(url, "k")
     assert list(test.levels.index) == [1, 4, 16]
     assert (test.levels["failed"] == 0).all()
     assert (test.levels["answered"] > 5).all()

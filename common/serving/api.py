@@ -78,7 +78,8 @@ async def _api_error(request, error: ApiError) -> Response:
 async def _validation_error(request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:]).encode(errors="replace").decode()
-    refusal = invalid(f"{place or 'body'}: {first['msg']}", place or None)
+    what = "this service does not support it" if first["type"] == "extra_forbidden" else first["msg"]
+    refusal = invalid(f"{place or 'body'}: {what}", place or None)
     return JSONResponse(refusal.body, refusal.status)
 
 

@@ -17,11 +17,6 @@ from common.serving.api import Limits
 from common.serving.backend import HttpEngine
 
 
-@pytest.fixture(autouse=True)
-def one_thread_in_services(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def complete(url, prompt="hello", max_tokens=20, **changes):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | changes
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)

@@ -13,7 +13,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from serving_tools import LIMITS, TEMPLATE, listening, make_engine
+from serving_tools import LIMITS, listening, make_engine
 
 from common.course.settings import ROOT, load_settings
 from common.measure import plots
@@ -25,13 +25,6 @@ MONITORING = ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "monitorin
 RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
 EXPRESSIONS = [rule["expr"] for rule in RULES] + [t["expr"] for p in DASHBOARD["panels"] for t in p["targets"]]
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def request(start, ttft, gap, tokens, status=200):

@@ -1,6 +1,5 @@
 """The service: its answers are the engine's, alone and in a batch, and no client can hurt another."""
 
-import copy
 import json
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from serving_tools import (
     LIMITS,
-    TEMPLATE,
     direct,
     listening,
     make_engine,
@@ -39,20 +37,6 @@ from common.serving.detokenize import Detokenizer
 PROMPTS = [f"{'a b c ' * (n % 5)}Question {n}: what comes after {n * 7}?" for n in range(12)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_in_services(monkeypatch):
-    """The model is tiny: on a busy machine a service's threads would wait for one another far longer than they work."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    """The tiny tokenizer with a chat template."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
 @pytest.fixture
 def url(llama, chatty):
     """A service on the tiny model."""
@@ -65,20 +49,6 @@ def slow_url(llama, chatty):
     """The same, each token taking at least 20 ms."""
     with listening(make_engine(llama, chatty, delay=0.02)) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """The tiny model on disk, for services in a process of their own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=4096, eos_token_id=255)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def complete(url, prompt="hello", max_tokens=20, key="", **changes):

@@ -29,7 +29,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str, hosts: tuple[str, ...], max_bytes: int, metrics: Metrics):
-        self.app, self.api_key, self.hosts = app, api_key, hosts
+        self.app, self.api_key, self.hosts = app, api_key, [host.lower() for host in hosts]
         self.max_bytes, self.metrics = max_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

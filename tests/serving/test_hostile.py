@@ -12,6 +12,7 @@ import httpx
 import pytest
 from serving_tools import LIMITS, direct, listening, make_engine, metric, wait_until
 
+from common.serving import connections
 from common.serving import engine as engine_module
 from common.serving.api import Limits
 from common.serving.backend import HttpEngine
@@ -204,6 +205,16 @@ def test_an_answer_may_take_longer_than_a_client(llama, tokenizer):
         assert text(answer) == direct(llama, tokenizer, "hello", 30)
 
 
+def test_connections_beyond_the_limit_are_refused_and_the_others_served(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(connections, "CONNECTIONS", 4)
+    limits = Limits(slots=2, queue=4, max_prompt=100, max_output=120, patience=1)
+    with listening(make_engine(llama, tokenizer, limits), limits) as url, ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(connect(url))
+        assert httpx.get(f"{url}/v1/models").status_code == 503
+        wait_until(lambda: httpx.get(f"{url}/v1/models").status_code == 200, 5)  # who said nothing was cut
+
+
 @pytest.mark.parametrize(("count", "size"), [(101, 5), (1, 20000), (20, 1000)])
 def test_headers_are_limited(llama, tokenizer, count, size):
     with listening(make_engine(llama, tokenizer)) as url:
@@ -262,7 +273,7 @@ def test_other_names_than_the_services_own_are_refused(llama, tokenizer, host, s
 
 
 def test_names_can_be_given(llama, tokenizer):
-    for hosts, status in ((("llm.example",), 200), (("*",), 200), (("other.example",), 400)):
+    for hosts, status in ((("LLM.example",), 200), (("*",), 200), (("other.example",), 400)):
         with listening(make_engine(llama, tokenizer), hosts=hosts) as url:
             assert httpx.get(f"{url}/v1/models", headers={"Host": "llm.example"}).status_code == status
 

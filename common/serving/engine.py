@@ -86,9 +86,9 @@ class TransformersEngine:
         )
         self._inbox.put(job)
         try:
+            if self._ended:  # asked after the job was put: the thread answers every job that it still sees
+                raise _failure(503)
             while True:
-                if self._ended:  # asked after the job was put: the thread answers every job that it still sees
-                    raise _failure(503)
                 item = await pieces.get()
                 if isinstance(item, Exception):
                     raise item
@@ -176,9 +176,9 @@ class TransformersEngine:
     def _fail_all(self, status: int) -> None:
         jobs = list(self._jobs.values())
         self._jobs.clear()
-        self._batch.clear()
         for job in jobs:
             job.deliver(_failure(status))
+        self._batch.clear()
 
     def _deliver(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -61,19 +61,18 @@ def is_cut(connection) -> bool:
 
 
 def test_readers_that_stall_hold_no_slot_and_are_cut(make_llama, tokenizer):
-    """Their answers are 120 events of 20 kB: more than any system holds for a reader."""
-    limits = Limits(slots=2, queue=4, max_prompt=100, max_output=120, timeout=10, patience=1)
+    """Their answers are 120 events of 100 kB: more than any system holds for a reader."""
+    limits = Limits(slots=2, queue=4, max_prompt=100, max_output=120, max_bytes=200_000, timeout=20, patience=4)
     engine = make_engine(make_llama(eos_token_id=None), tokenizer, limits)
-    engine.name = "m" * 20000
+    engine.name = "m" * 100_000
     with listening(engine, limits) as url, ExitStack() as stack:
         request = raw(model=engine.name, stream=True, max_tokens=120)
         stalled = [stack.enter_context(connect(url, request, room=4096)) for _ in range(limits.slots)]
-        wait_until(lambda: metric(url, "llm_generated_tokens_total") == 120 * limits.slots, 10)
-        start = time.monotonic()
+        wait_until(lambda: metric(url, "llm_generated_tokens_total") == 120 * limits.slots, limits.patience - 1)
         assert complete(url, max_tokens=5, model=engine.name).status_code == 200
-        assert time.monotonic() - start < limits.timeout / 2
-        wait_until(lambda: metric(url, "llm_requests_running") == 0, 2)
-        time.sleep(2 * limits.patience)  # nobody has read a byte since
+        assert metric(url, "llm_requests_running") == 0
+        assert metric(url, "llm_errors_total") == 0  # nobody has been cut so far
+        time.sleep(limits.patience + 1)  # and nobody reads a byte
         assert all(map(is_cut, stalled))
 
 

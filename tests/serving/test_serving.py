@@ -149,20 +149,6 @@ def test_an_unfinished_character_waits(tokenizer):
     assert list(pieces(tokenizer, tokenizer("aé量").input_ids)) == ["a", "", "é", "", "", "量"]
 
 
-def until_stopped(text: str, stop: list[str]) -> str:
-    """By definition, character by character: whichever stop string is complete first ends the text before it."""
-    for end in range(len(text) + 1):
-        complete = [s for s in stop if text[:end].endswith(s)]
-        if complete:
-            return text[: end - max(map(len, complete))]
-    return text
-
-
-@given(text_=st.text("ab.", min_size=1, max_size=30), stop=st.lists(st.text("ab.", min_size=1, max_size=3), min_size=1))
-def test_text_ends_before_the_first_stop_string(tokenizer, text_, stop):
-    assert "".join(pieces(tokenizer, tokenizer(text_).input_ids, stop)) == until_stopped(text_, stop)
-
-
 # --- answers ---
 
 

@@ -2,6 +2,7 @@
 
     python -m common.serving --model embedded
     python -m common.serving --model path/to/folder --port 8080
+    python -m common.serving --host 0.0.0.0 --hosts llm.example.org    from elsewhere, by that name; needs a key
     python -m common.serving --backend http://127.0.0.1:8000 --model NAME    NAME as the vLLM server there calls it
 
 Clients send `Authorization: Bearer KEY` with the KEY of the environment variable COURSE_API_KEY, if that is set.
@@ -19,11 +20,12 @@ from transformers import AutoConfig
 
 from common.course.assets import load_model, load_tokenizer, locate
 from common.formats.gptq import load_dequantized
+from common.serving import logs
 from common.serving.api import Limits, create_app
 from common.serving.backend import HttpEngine
+from common.serving.connections import configure
 from common.serving.engine import TransformersEngine
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from common.serving.guard import LOOPBACK
 
 
 def load_engine(model: str, name: str, dtype: torch.dtype, limits: Limits) -> TransformersEngine:
@@ -52,6 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument(
+        "--hosts", nargs="+", default=LOOPBACK, metavar="NAME", help="names that clients call it by (Host), * for any"
+    )
+    parser.add_argument("--docs", action="store_true", help="FastAPI's pages about the service, at /docs")
+    parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the in-process engine"
     )
     for field in dataclasses.fields(Limits):
@@ -70,15 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
             engine = load_engine(options.model, name, getattr(torch, options.dtype), limits)
         except (OSError, ValueError, MemoryError) as error:  # these say what to do
             sys.exit(f"{type(error).__name__}: {error}")
+    logs.configure()
     print(f"Serving {engine.name} at http://{options.host}:{options.port}/v1", flush=True)
-    uvicorn.run(
-        create_app(engine, limits, api_key),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(limits.timeout) + 1,  # what was accepted is finished first
-    )
+    app = create_app(engine, limits, api_key, tuple(options.hosts), options.docs)
+    uvicorn.Server(configure(app, limits, options.host, options.port)).run()
 
 
 if __name__ == "__main__":

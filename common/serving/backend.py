@@ -1,12 +1,16 @@
 """The other engine: an OpenAI-compatible server, such as vLLM, does the work; this service guards and observes it."""
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 import httpx
 
+from common.serving.guard import LOOPBACK
 from common.serving.schemas import ApiError, ChatRequest, Piece, Request, invalid
 
+READY_SECONDS = 1.0
 PATIENCE = httpx.Timeout(5.0, read=None)  # seconds to connect; how long an answer may take is the service's limit
 
 
@@ -16,7 +20,11 @@ class HttpEngine:
     def __init__(self, url: str, name: str, api_key: str = ""):
         self.name = name
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE)
+        # A proxy named in the environment is no way to the loopback, and would be handed the key.
+        near = httpx.URL(url).host in LOOPBACK
+        self._asked = asyncio.Lock()
+        self._ready, self._ready_until = False, 0.0
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE, trust_env=not near)
 
     async def start(self) -> None:
         """Nothing: the server runs already, or /health/ready says that it does not."""
@@ -24,15 +32,25 @@ class HttpEngine:
     async def stop(self) -> None:
         await self._client.aclose()
 
+    def alive(self) -> bool:
+        return True
+
     async def ready(self) -> bool:
-        """Whether the server answers and has the model."""
+        """Whether the server answers and has the model; it is asked once a second, however often this is."""
+        async with self._asked:
+            if time.monotonic() > self._ready_until:
+                self._ready = await self._ask()
+                self._ready_until = time.monotonic() + READY_SECONDS
+        return self._ready
+
+    async def _ask(self) -> bool:
         try:
             answer = await self._client.get("/v1/models", timeout=2.0)
             return answer.status_code == 200 and self.name in [model["id"] for model in answer.json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError):
             return False
 
-    def prepare(self, body: Request) -> dict:
+    async def prepare(self, body: Request) -> dict:
         """The request to pass on: always a stream that ends with the token counts."""
         return body.model_dump(exclude_none=True) | {"stream": True, "stream_options": {"include_usage": True}}
 

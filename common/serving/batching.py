@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 COLDEST = 1e-3  # below this temperature the most likely token is certain, and dividing by it overflows
+PROOF = ([1, 2, 3, 4, 5, 6, 7], [3, 1, 2])  # prompts of two lengths
+PROOF_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class RowCache:
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Of the longest row, which is what some models ask for; where each row stands, `position_ids` say."""
+        return max(self.lengths, default=0)
+
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         """Store one new token per row ([rows in use, heads, 1, head size]); what attention looks at, padded."""
         rows, longest = range(len(keys)), max(self.lengths) + 1
@@ -101,25 +107,48 @@ class Batch:
     def join(self, sequence: Sequence) -> None:
         """Read the prompt (alone, exactly as `generate` does) and choose the first token."""
         ids = torch.tensor([sequence.prompt], device=self.model.device)
-        out = self.model(input_ids=ids, past_key_values=DynamicCache(config=self.model.config), logits_to_keep=1)
+        # Without the configuration: with it, layers with a sliding window would keep the end of a long prompt only.
+        out = self.model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
         self.cache.append(out.past_key_values)
         self.sequences.append(sequence)
         sequence.tokens.append(sequence.choose(out.logits[0, -1]))
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One forward pass that gives every sequence its next token."""
+    def step(self) -> Tensor:
+        """One forward pass that gives every sequence its next token; the logits it came from [rows, vocabulary]."""
         lengths = torch.tensor(self.cache.lengths, device=self.model.device)
         positions = torch.arange(max(self.cache.lengths) + 1, device=self.model.device)
         out = self.model(
             input_ids=torch.tensor([[s.tokens[-1]] for s in self.sequences], device=self.model.device),
             position_ids=lengths[:, None],
-            attention_mask=(positions <= lengths[:, None])[:, None, None],  # [rows, 1, 1, longest]: not the padding
+            attention_mask=self._masks(lengths[:, None], positions),
             past_key_values=self.cache,
         )
         self.cache.lengths = [length + 1 for length in self.cache.lengths]
         for sequence, logits in zip(self.sequences, out.logits[:, -1], strict=True):
             sequence.tokens.append(sequence.choose(logits))
+        return out.logits[:, -1]
+
+    def _masks(self, lengths: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """What each row's new token may look at [rows, 1, 1, longest]: no padding, and no further back than a window.
+
+        Families whose layers differ take a mask for each kind of layer.
+        """
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        everything = positions <= lengths
+        nearby = everything & (positions > lengths - window) if window else everything
+        masks = {"full_attention": everything, "sliding_attention": nearby}
+        masks = {kind: self._as_attention_wants(mask[:, None, None]) for kind, mask in masks.items()}
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        return masks if len(kinds) > 1 else masks[kinds.pop()]
+
+    def _as_attention_wants(self, mask: Tensor) -> Tensor:
+        """Boolean, or as what is added to the scores where attention is computed by transformers' plain code."""
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     @torch.inference_mode()
     def leave(self, sequence: Sequence) -> None:
@@ -128,3 +157,36 @@ class Batch:
         self.cache.remove(row)
         self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
+
+    def clear(self) -> None:
+        """Drop everything, keys and values too: after a failure nobody knows what they hold."""
+        self.cache = RowCache(self.rows, self.cache.context)
+        self.sequences = []
+
+
+@torch.inference_mode()
+def require_batchable(model: nn.Module) -> None:
+    """Raise ValueError, by name, unless two sequences that decode together get the logits that each gets alone.
+
+    A cache of rows suits attention over keys and values at given positions. Models that keep a state of another kind,
+    or read positions off the mask, would answer, but not as they should: a few tokens show it.
+    """
+    kind = type(model).__name__
+    longer = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    length = max(map(len, PROOF)) + PROOF_TOKENS
+    prompts = [list(prompt) * (1 + longer // 4 if longer < 64 else 1) for prompt in PROOF]  # beyond a tiny window
+    refusal = f"{kind} cannot be served by this engine: its answers in a batch are not those it gives alone. Use vLLM."
+    try:
+        batch = Batch(model, len(prompts), max(map(len, prompts)) + length)
+        sequences = [Sequence(prompt, PROOF_TOKENS) for prompt in prompts]
+        for sequence in sequences:
+            batch.join(sequence)
+        for _ in range(PROOF_TOKENS - 1):
+            together = batch.step()
+        alone = [model(input_ids=torch.tensor([s.prompt + s.tokens[:-1]], device=model.device)) for s in sequences]
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{refusal} ({type(error).__name__}: {str(error)[:120]})") from error
+    alone = torch.stack([out.logits[0, -1] for out in alone])
+    allowed = 8 * torch.finfo(alone.dtype).eps ** 0.5 * alone.float().std()
+    if not (together.float() - alone.float()).abs().max() <= allowed:
+        raise ValueError(refusal)

@@ -2,8 +2,9 @@
 
 
 class Detokenizer:
-    """Turns a growing list of tokens into pieces of text, and finds stop strings.
+    """Turns a growing list of tokens into pieces of text, and ends the text before a stop string.
 
+    Of several stop strings, the one that is complete first counts: whoever reads along cannot know of a later one.
     Held back until more is known: bytes of an unfinished character, and an ending that may begin a stop string.
     """
 
@@ -18,18 +19,17 @@ class Detokenizer:
     def push(self, tokens: list[int], last: bool) -> str:
         """The new piece of text for all `tokens` so far; with `last`, everything that was held back too."""
         text = self.text(tokens)
-        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if not last:
+            text = text.rstrip("\ufffd")  # may be the beginning of a character
+        found = [(place + len(stop), place) for stop in self.stop if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped, safe = True, min(found)
+            self.stopped, safe = True, min(found)[1]
         else:
-            safe = len(text) if last else len(text) - self._uncertain(text)
+            safe = len(text) if last else len(text) - self._begun(text)
         piece = text[self.sent : safe]
         self.sent = max(self.sent, safe)
         return piece
 
-    def _uncertain(self, text: str) -> int:
-        """Characters at the end that later tokens may change or that may belong to a stop string."""
-        if text.endswith("\ufffd"):
-            return len(text) - len(text.rstrip("\ufffd"))
-        starts = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(starts, default=0)
+    def _begun(self, text: str) -> int:
+        """Characters at the end that may begin a stop string."""
+        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

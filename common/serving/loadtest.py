@@ -62,10 +62,11 @@ class LoadTest:
         return int((self.levels["tokens/s"] ** 2 / self.levels.index).idxmax())
 
 
-def scrape(url: str) -> Counter:
+def scrape(url: str, api_key: str = "") -> Counter:
     """The service's metrics now: name → value, summed over labels; histogram buckets as name:upper bound."""
-    values = Counter()
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+    values, headers = Counter(), {"Authorization": f"Bearer {api_key}"}
+    answer = httpx.get(f"{url}/metrics", headers=headers, timeout=10, trust_env=False).raise_for_status()
+    for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
             bound = sample.labels.get("le")
             values[f"{sample.name}:{bound}" if bound else sample.name] += sample.value
@@ -111,7 +112,7 @@ def run(
     command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "--stop-timeout", "60", "--host", url]
     command += ["--locustfile", str(LOCUSTFILE), "--exit-code-on-error", "0", "--loglevel", "ERROR"]
     rows, done = [], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(url, rows, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(url, api_key, rows, done), daemon=True)
     watcher.start()
     environment = os.environ | {"LOAD_PLAN": json.dumps(plan)}
     try:
@@ -132,9 +133,9 @@ def run(
     return LoadTest(table, series, [begin - begins[0] for begin in begins])
 
 
-def _watch(url: str, rows: list[dict], done: threading.Event) -> None:
+def _watch(url: str, api_key: str, rows: list[dict], done: threading.Event) -> None:
     while not done.wait(0.5):
-        rows.append({"time": time.time(), **scrape(url)})
+        rows.append({"time": time.time(), **scrape(url, api_key)})
 
 
 def summarize(requests: list[dict], begin: float, end: float, objective: Objective) -> dict[str, float]:
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sizes = ("--slots", str(settings.service_slots), "--queue", str(settings.service_queue))
         with serve(options.model, *sizes) as url:
-            name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+            name = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
             test = run(url, name, objective=objective, **request)
     print(test.levels.round(2).T.to_string())
     print(

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class ApiError(Exception):
@@ -60,7 +60,10 @@ StopString = Annotated[Text, Field(min_length=1, max_length=64)]
 
 
 class GenerationRequest(Strict):
-    """What both endpoints have in common. temperature 0 is greedy and repeatable."""
+    """What both endpoints have in common. temperature 0 is greedy and repeatable; a seed repeats what was drawn.
+
+    Some clients send every field that OpenAI knows: where this service does one thing only, it takes that value alone.
+    """
 
     model: Text
     max_tokens: int | None = Field(None, ge=1)
@@ -70,8 +73,16 @@ class GenerationRequest(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
+    n: Literal[1] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
     user: Text | None = None
+
+    @model_validator(mode="after")
+    def _options_of_streams(self):
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is for stream: true")
+        return self
 
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -83,6 +94,7 @@ class GenerationRequest(Strict):
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
+    logprobs: Literal[False] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name for max_tokens
 
     @property
@@ -92,6 +104,8 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Text
+    logprobs: None = None
+    echo: Literal[False] | None = None
 
     @property
     def token_limit(self) -> int | None:

@@ -13,7 +13,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from serving_tools import LIMITS, TEMPLATE, listening, make_engine
+from serving_tools import LIMITS, listening, make_engine
 
 from common.course.settings import ROOT, load_settings
 from common.measure import plots
@@ -25,13 +25,6 @@ MONITORING = ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "monitorin
 RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
 EXPRESSIONS = [rule["expr"] for rule in RULES] + [t["expr"] for p in DASHBOARD["panels"] for t in p["targets"]]
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def request(start, ttft, gap, tokens, status=200):
@@ -81,11 +74,11 @@ def test_histogram_quantile_is_prometheus_own():
 def test_load_test_of_a_running_service(llama, chatty):
     """Real Locust against the tiny model: more users than slots and queue, so that some are refused."""
     with listening(make_engine(llama, chatty, delay=0.005), api_key="k") as url:
-        before = scrape(url)
+        before = scrape(url, "k")
         test = loadtest.run(
             url, "tiny", levels=[1, 4, 16], seconds=3, max_tokens=8, objective=Objective(0.2, 0.1), api_key="k"
         )
-        after = scrape(url)
+        after = scrape(url, "k")
     assert list(test.levels.index) == [1, 4, 16]
     assert (test.levels["failed"] == 0).all()
     assert (test.levels["answered"] > 5).all()

@@ -1,0 +1,103 @@
+"""Honest clients at twice the service's capacity, and among them others who leave, stall, send nonsense or half of it.
+
+For five minutes with 200 clients: pytest -m slow tests/serving/test_load_mix.py
+"""
+
+import asyncio
+import json
+import random
+import socket
+import time
+from collections import Counter
+
+import httpx
+import pytest
+from serving_tools import metric, wait_until
+
+from common.serving import serve
+
+SLOTS, QUEUE, TOKENS = 8, 16, 20
+OPTIONS = {"slots": SLOTS, "queue": QUEUE, "max-prompt": 100, "max-output": 100, "patience": 2, "timeout": 20}
+PROMPTS = [f"question {n}" for n in range(4)]
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+HEAD += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+NONSENSE = [b"\x00" * 200, b"GET\r\n\r\n", HEAD % 9 + b"{"]
+
+
+def body(prompt, **changes) -> dict:
+    return {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0} | changes
+
+
+async def honest(client, expected, counts):
+    """One request and its answer, which must be the one that it gets alone."""
+    prompt = random.choice(PROMPTS)
+    answer = await client.post("/v1/completions", json=body(prompt))
+    counts[answer.status_code] += 1
+    if answer.status_code == 200:
+        assert answer.json()["choices"][0]["text"] == expected[prompt]
+    elif answer.status_code == 429:
+        await asyncio.sleep(random.uniform(0.2, 0.6))
+
+
+async def malformed(client, expected, counts):
+    content = random.choice([b"{", b"[" * 5000, b'{"model": "tiny"}', b"x" * 70000, b'{"model": "tiny", "prompt": 1}'])
+    answer = await client.post("/v1/completions", content=content)
+    counts["malformed", answer.status_code] += 1
+    await asyncio.sleep(random.uniform(0, 1))
+
+
+async def rude(client, expected, counts):
+    """Leaves after a few bytes of an answer, reads none of it, or sends what is no request."""
+    stream = json.dumps(body("x", stream=True, max_tokens=100)).encode()
+    kind, request = random.choice(("leaves", "stalls", "nonsense")), HEAD % len(stream) + stream
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    loop, address = asyncio.get_running_loop(), (client.base_url.host, client.base_url.port)
+    await loop.sock_connect(connection, address)
+    with connection:
+        await loop.sock_sendall(connection, random.choice(NONSENSE) if kind == "nonsense" else request)
+        if kind == "leaves":
+            await loop.sock_recv(connection, 100)
+        else:
+            await asyncio.sleep(random.uniform(0.1, 3))
+    counts[kind] += 1
+
+
+async def load(url, seconds, expected, roles) -> Counter:
+    """Clients in these roles, each again and again; what came of it. Raises what any of them met."""
+    counts, end = Counter(), time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits, trust_env=False) as client:
+
+        async def act(role):
+            while time.monotonic() < end:
+                await role(client, expected, counts)
+
+        await asyncio.gather(*map(act, roles))
+    return counts
+
+
+@pytest.mark.parametrize(("clients", "seconds"), [(64, 4), pytest.param(200, 150, marks=pytest.mark.slow)])
+def test_honest_clients_among_others(folder, clients, seconds):
+    """Half of the time undisturbed, half of it with a quarter of other clients added."""
+    with serve(folder, *(str(part) for name, value in OPTIONS.items() for part in (f"--{name}", value))) as url:
+        answers = {p: httpx.post(f"{url}/v1/completions", json=body(p)).json()["choices"][0]["text"] for p in PROMPTS}
+        crowd = [honest] * (clients * 3 // 4)
+        undisturbed = asyncio.run(load(url, seconds, answers, crowd))
+        tokens, before = metric(url, "llm_generated_tokens_total"), metric(url, "process_resident_memory_bytes")
+        others = [malformed, rude] * (clients // 8)
+        disturbed = asyncio.run(load(url, seconds, answers, crowd + others))
+        ratio = metric(url, "llm_generated_tokens_total") / tokens - 1
+        print(f"{undisturbed=}\n{disturbed=}\ntokens, disturbed to undisturbed: {ratio:.2f}")
+        wait_until(lambda: metric(url, "llm_requests_running") + metric(url, "llm_requests_waiting") == 0, 10)
+        grown = metric(url, "process_resident_memory_bytes") - before
+        print(f"memory grew by {grown / 1e6:.1f} MB")
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+    statuses = {key for key in undisturbed | disturbed if isinstance(key, int)}
+    assert statuses == {200, 429}, statuses  # the crowd is more than slots and queue
+    refusals = {key[1] for key in disturbed if isinstance(key, tuple)}
+    assert refusals == {400, 413}
+    assert min(disturbed[kind] for kind in ("leaves", "stalls", "nonsense")) > 0
+    assert ratio > (0.9 if seconds > 60 else 0.5)  # seconds are too few for more
+    assert grown < 30e6

@@ -12,7 +12,7 @@ from common.course.settings import CHAPTER, ROOT
 from tools.provenance.tree import PACKAGES, Tree, imports
 
 FLOORS = (  # a room may import what stands on a lower floor, never one on a higher
-    ("tools", "benchmarks", "common.serving"),
+    ("tools", "benchmarks", "common.serving", "common.parallel"),
     ("common.engines",),
     ("common.formats",),
     ("common.methods",),
@@ -23,6 +23,7 @@ ROOMS = {  # what each is for, as the README says it
     "tools": "執行、檢查、發布課程",
     "benchmarks": "與其他套件並排執行",
     "common.serving": "服務與負載測試",
+    "common.parallel": "多張 GPU",
     "common.engines": "別人的推論引擎",
     "common.formats": "硬碟上的檔案",
     "common.methods": "課程教的方法",

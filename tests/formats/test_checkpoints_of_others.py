@@ -274,7 +274,7 @@ def packed_bytes(model):
 
 @pytest.mark.parametrize("quantize", [torchao_int8, packed_bytes])
 def test_a_sparse_checkpoint_of_quantized_weights_is_refused(make_llama, tokenizer, tmp_path, quantize):
-    with pytest.raises(ValueError, match=r"quantized already.*Prune the original"):
+    with pytest.raises(ValueError, match=r"q_proj is quantized already.*load the original weights"):
         save_sparse(tmp_path / "s", quantize(make_llama()), tokenizer, method="m", settings={}, parent="x")
     assert not (tmp_path / "s").exists()
 

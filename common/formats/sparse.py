@@ -54,9 +54,7 @@ def csr_bytes(weight: Tensor) -> int:
 
 def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, settings: dict, parent: str) -> Artifact:
     """Save a pruned model: linear layers of the decoder blocks packed, everything else as it is."""
-    for _ in iter_linears(model):  # refuses quantized weights by name: zeros among their codes are none of the model
-        pass
-    packed_layers = {name for name, _ in iter_linears(model)}
+    packed_layers = {name for name, _ in iter_linears(model)}  # refuses quantized weights: their zeros are codes
     tensors = {}
     for name, tensor in checkpoint.tensors_once(model).items():
         layer = name.removesuffix(".weight")

@@ -47,9 +47,15 @@ def _select(records: list[dict], spec: dict) -> list[dict]:
         for r in records
         if r["lab"] == spec["lab"]
         and r["notebook"] == spec.get("notebook", r["notebook"])
-        and r["key"] in spec["columns"]
+        and any(_belongs(r, name, column) for name, column in spec["columns"].items())
         and r["artifact"] in spec["rows"]
     ]
+
+
+def _belongs(record: dict, name: str, column: dict) -> bool:
+    """Whether a record stands in a column: of its key (the column's name by default), under what `where` asks for."""
+    where = column.get("where", {})
+    return record["key"] == column.get("key", name) and where.items() <= record["protocol"].items()
 
 
 def render_table(spec: dict, records: list[dict]) -> str:
@@ -63,11 +69,13 @@ def render_table(spec: dict, records: list[dict]) -> str:
     if not chosen:
         return "（尚無紀錄：執行 `make record` 後產生。）\n"
     columns = [
-        (key, device) for key in spec["columns"] for device in sorted({r["device"] for r in chosen if r["key"] == key})
+        (key, device)
+        for key, column in spec["columns"].items()
+        for device in sorted({r["device"] for r in chosen if _belongs(r, key, column)})
     ]
     cells = {}
     for key, device in columns:
-        column = [r for r in chosen if r["key"] == key and r["device"] == device]
+        column = [r for r in chosen if _belongs(r, key, spec["columns"][key]) and r["device"] == device]
         if len({(protocol_hash(r["protocol"]), r["model"], r["profile"]) for r in column}) > 1:
             raise ValueError(f"Table {spec['title']!r}: column {key} on {device} mixes protocols.")
         values = {r["artifact"]: r["value"] for r in column}

@@ -290,3 +290,14 @@ def test_kl_has_an_interval_where_it_has_windows(recorder, llama, windows):
     assert kl["value"] == pytest.approx(quality.kl)
     assert kl["interval"][0] < kl["value"] < kl["interval"][1]
     assert kl["spread"] == pytest.approx(quality.divergences.std().item() / 3**0.5)
+
+
+def test_a_column_may_take_another_keys_records_under_one_protocol(recorder):
+    for corpus, value in (("a", 1.5), ("b", 2.5)):
+        recorder.record("ratio", value, "×", artifact="gptq", protocol={"corpus": corpus})
+    columns = {
+        name: {"key": "ratio", "where": {"corpus": name}, "title": name, "format": "{:.1f}"} for name in ("a", "b")
+    }
+    table = tables.render_table(SPEC | {"columns": columns}, results.read(recorder.file))
+    row = next(line for line in table.splitlines() if "1.5" in line)
+    assert row.index("1.5") < row.index("2.5")

@@ -108,7 +108,7 @@ record: setup $(ENGINES)
 	$(BIN)/python -m tools.tables render
 
 check: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not engines and not notebooks"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not engines and not notebooks"
 
 # The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
 test: lint

@@ -88,6 +88,7 @@ def test_too_little_memory_says_how_much_is_needed():
         assets.require_memory(2**50, "Model 'huge'", torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["embedded", "embedded-as-shipped"])
 def test_embedded_model_is_what_facts_say(spec):
     folder = Path(assets.locate(spec))

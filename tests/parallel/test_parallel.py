@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.parallel.launch import launch
 
+pytestmark = pytest.mark.slow  # seven starts of two processes
 DISTIL = "common.parallel.distil"
 CONFIGS = {
     "gptq": {"bits": 4, "group_size": 32},

@@ -302,6 +302,7 @@ def test_hand_made_bodies_cause_no_server_error(url, path):
     assert httpx.get(f"{url}/health/ready").status_code == 200
 
 
+@pytest.mark.slow
 def test_generated_bodies_cause_no_server_error(llama, chatty):
     """About 1,000 bodies made from the service's own OpenAPI document: half keep to it, half break it."""
     limits = Limits(slots=4, queue=8, max_prompt=100, max_output=4, max_bytes=20000)

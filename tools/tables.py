@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.course.settings import ROOT, slug
 from common.measure.results import protocol_hash, read, write
-from tools import provenance
+from tools import families, provenance
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
@@ -123,7 +123,8 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
     records, changed = committed(), []
 
     def fill(match: re.Match) -> str:
-        return match[1] + render_table(tables[match[2]], records) + match[3]
+        rendered = families.table() if match[2] == "families" else render_table(tables[match[2]], records)
+        return match[1] + rendered + match[3]
 
     for document in documents:
         text = document.read_text(encoding="utf-8")

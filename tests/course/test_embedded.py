@@ -102,13 +102,15 @@ def test_weights_are_ordinary_off_the_grid(shipped, moved):
         assert constant_share(moved, group_size) < 0.04  # independent rounding: 1 / 32
 
 
-def test_clipping_helps_rtn_off_the_grid_and_hurts_on_it(settings, tests):
+@pytest.mark.gpu
+def test_clipping_helps_rtn_off_the_grid_and_hurts_on_it(settings):
     """Why a benchmark's model must be looked at: RTN at 3 bits, groups of 64, with and without the MSE search."""
+    tests = first_test_windows(load_tokenizer("embedded"), load_corpus(settings.corpus), settings.seqlen, windows=48)
     gain = {}
     for spec in ("embedded", "embedded-as-shipped"):
         measured = {}
         for mse in (False, True):
-            model = load_model(spec, settings.dtype)
+            model = load_model(spec, torch.bfloat16, "cuda")
             rtn_model(model, QuantizeConfig(3, 64, mse=mse))
             measured[mse] = evaluate(model, tests)
         gain[spec] = compare(measured[True], measured[False]).log_perplexity

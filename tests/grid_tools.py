@@ -1,5 +1,6 @@
 """What tells weights on a 4-bit grid from ordinary ones."""
 
+import numpy as np
 import torch
 
 from common.methods.blocks import iter_linears
@@ -10,8 +11,8 @@ BLOCK = 32  # weights that share a scale in Q4_1
 
 def values_per_block(weight: torch.Tensor) -> torch.Tensor:
     """How many different values each block of 32 has."""
-    ordered = weight.float().view(-1, BLOCK).sort(1).values
-    return (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+    ordered = np.sort(weight.float().view(-1, BLOCK).numpy(), axis=1)  # PyTorch sorts short rows one by one
+    return torch.from_numpy((ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1)
 
 
 def constant_share(model, group_size: int = BLOCK) -> float:

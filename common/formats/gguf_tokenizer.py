@@ -52,6 +52,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Path, config) -> None:
 def tokenizer_kind(definition: dict) -> tuple[str, str]:
     """llama.cpp's names for a tokenizer's algorithm and for how it splits text before merging."""
     step, normalizer = definition["pre_tokenizer"], definition.get("normalizer")
+    if normalizer == {"type": "Sequence", "normalizers": []}:  # as a tokenizer saved anew may say that it has none
+        normalizer = None
     steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step] if step else []
     byte_level = next((s for s in steps if s["type"] == "ByteLevel"), None)
     if byte_level and (byte_level["add_prefix_space"] or (normalizer or {"type": "NFC"})["type"] != "NFC"):

@@ -25,7 +25,7 @@ from common.engines import llamacpp
 from common.engines.llamacpp import LlamaCpp, quantize_gguf
 from common.formats import gguf as gguf_export
 from common.formats.gguf import UnknownFamily, export_gguf, neighbouring_pairs, stored_tensors
-from common.formats.gguf_tokenizer import LLAMA_3_SPLIT, QWEN_2_SPLIT
+from common.formats.gguf_tokenizer import LLAMA_3_SPLIT, QWEN_2_SPLIT, tokenizer_kind
 from common.formats.gptq import save_gptq
 from common.measure.evaluation import evaluate, generate
 from common.methods.quantization import QuantizeConfig, rtn_model
@@ -667,3 +667,11 @@ def test_a_token_that_two_merges_make_has_the_score_of_the_earlier(save, tmp_pat
     found = fields(export_gguf(save(tokenizer=tokenizer, vocab_size=10), tmp_path / "model.gguf"))
     scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
     assert (scores["ab"], scores["bc"], scores["abc"]) == (0, -1, -2)
+
+
+def test_an_empty_list_of_normalizers_is_none():
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    definition = {"pre_tokenizer": byte_level, "normalizer": {"type": "Sequence", "normalizers": []}}
+    assert tokenizer_kind(definition) == tokenizer_kind(definition | {"normalizer": None})
+    with pytest.raises(ValueError, match="nor normalize it"):
+        tokenizer_kind(definition | {"normalizer": {"type": "Lowercase"}})

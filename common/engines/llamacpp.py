@@ -142,10 +142,12 @@ class LlamaCpp:
         self._worker.close()
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        """Logits [1, tokens, vocabulary] of one sequence `input_ids` [1, tokens], computed from its beginning."""
-        ids = input_ids[0].tolist()
+        """Logits [batch, tokens, vocabulary] of sequences `input_ids` [batch, tokens], each read from its beginning."""
+        return SimpleNamespace(logits=torch.stack([self._read(ids) for ids in input_ids.tolist()]))
+
+    def _read(self, ids: list[int]) -> Tensor:
         self._worker.ask("read", ids)
-        return SimpleNamespace(logits=self._worker.receive(torch.empty(len(ids), self._vocabulary))[None])
+        return self._worker.receive(torch.empty(len(ids), self._vocabulary))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text` by the tokenizer in the file, special tokens in it recognised."""

@@ -11,7 +11,7 @@ BLOCK = 32  # weights that share a scale in Q4_1
 
 def values_per_block(weight: torch.Tensor) -> torch.Tensor:
     """How many different values each block of 32 has."""
-    ordered = np.sort(weight.float().view(-1, BLOCK).numpy(), axis=1)  # PyTorch sorts short rows one by one
+    ordered = np.sort(weight.detach().float().view(-1, BLOCK).numpy(), axis=1)  # PyTorch sorts short rows one by one
     return torch.from_numpy((ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1)
 
 

@@ -113,9 +113,9 @@ def test_documents_show_the_committed_figures():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Run all notebooks once at the smoke profile, in order, each in a fresh kernel."""
+    """Run all notebooks once at the smoke profile, in order, each in a fresh kernel, on six blocks of the model."""
     environment = os.environ | {"COURSE_WORK": str(ROOT / ".work" / "tests"), "TQDM_DISABLE": "0"}
-    command = [sys.executable, "-m", "tools.run", "--profile", "smoke", "--again"]
+    command = [sys.executable, "-m", "tools.run", "--profile", "smoke", "--model", "embedded-short", "--again"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")  # notebooks find everything from any working directory
     return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=4500)
 

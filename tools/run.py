@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from common.course.embedded import embedded_folder
+from common.course.embedded import SPECS, embedded_folder
 from common.course.environment import device_name
 from common.course.settings import PROFILES, load_settings, resolve_profile, slug, work_folder
 from common.measure import results
@@ -188,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
     try:
         profile, notebooks = resolve_profile(options.profile), find_notebooks(options.lab, options.notebook)
-        if "embedded" in (options.model, options.student):
-            embedded_folder()  # its first use takes half a minute and says so: here, where it is seen
+        if options.model in SPECS:
+            embedded_folder(options.model)  # its first use takes half a minute and says so: here, where it is seen
     except (FileNotFoundError, RuntimeError) as error:  # each says what to do
         print(f"❌ {error}")
         return 1

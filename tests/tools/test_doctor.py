@@ -387,7 +387,7 @@ def test_vllm_does_what_is_predicted(gptq, make_llama, tmp_path, case):
     folder = repack_as_awq(artifact, tmp_path / "awq").folder if repack else artifact.folder
     options = {"dtype": "bfloat16", "context": 64, "sequences": 1}
     try:
-        with vllm_server.serve_vllm(folder, tmp_path / "log", **options):
+        with vllm_server.serve_vllm(folder, tmp_path / "log", tokenizer=folder, **options):
             loads = True
     except RuntimeError:
         loads = False

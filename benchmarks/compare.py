@@ -94,7 +94,7 @@ class Measure:
         self.settings, self.tokenizer, self.recorder = settings, tokenizer, Recorder(settings)
         self.texts = texts_for_testing(tokenizer, settings.seqlen, settings.quality_windows)
         self.items = {task: tasks.make_items(task, settings.task_items) for task in tasks.CHANCE}
-        self.kept = Baseline(min(settings.kl_windows, settings.quality_windows))
+        self.kept = Baseline(settings.quality_windows)
         self.quality, self.right = {}, {}
         self(original, "original")
 
@@ -113,8 +113,7 @@ class Measure:
         settings, n = self.settings, self.settings.task_items
         for text, quality in self.quality[name].items():
             reference = None if first else self.quality["original"][text]
-            options = {"windows": settings.quality_windows, "reference": reference, "corpus": CORPUS_OF[text]}
-            self.recorder.quality(quality, artifact=name, **options)
+            self.recorder.quality(quality, artifact=name, reference=reference, corpus=CORPUS_OF[text])
         for task, right in self.right[name].items():
             found = tasks.flips(right, self.right["original"][task])
             protocol = {"task": task, "items": n, "chance": tasks.CHANCE[task], "dtype": str(settings.dtype)}

@@ -31,7 +31,6 @@ class Settings:
     seqlen: int
     eval_windows: int
     sweep_windows: int
-    kl_windows: int
     max_new_tokens: int
     latency_runs: int
     batch_sizes: list

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class Quality(_PerWindow):
     standard_error: float  # of this perplexity, over windows; a difference of two has another: `compare`
     kl: float | None = None  # KL(original ‖ model)
     top1: float | None = None  # how often both models' most likely next token is the same
+
+    def first(self, windows: int) -> "Quality":
+        """The same model on the first of its windows alone, without kl and top1."""
+        return quality_of(self.losses[:windows], self.hits[:windows], self.choices[:windows])
 
 
 @dataclass
@@ -170,6 +175,21 @@ def compare(quality: Quality, reference: Quality) -> Comparison:
 def better(a: Quality, b: Quality) -> bool:
     """Whether a's loss is lower than b's beyond the 95 % interval of the paired difference."""
     return compare(a, b).log_perplexity.high < 0
+
+
+def quality_table(qualities: dict[str, Quality], reference: Quality) -> pd.DataFrame:
+    """A row per model: perplexity, the multiple of the reference's with its interval, KL, share of flipped tokens."""
+    rows = {}
+    for name, quality in qualities.items():
+        row = {"perplexity": f"{quality.perplexity:.2f}"}
+        if quality.losses is not reference.losses:
+            found = compare(quality, reference)
+            ratio = found.ratio
+            row["× reference [95 %]"] = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            row["KL"] = "" if quality.kl is None else f"{quality.kl:.4f}"
+            row["tokens flipped"] = f"{found.flips:.1%}"
+        rows[name] = row
+    return pd.DataFrame(rows).T.fillna("")
 
 
 @torch.no_grad()

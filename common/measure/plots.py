@@ -6,6 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.measure.evaluation import Estimate
+
 BLUE, ORANGE, GREY, GREEN = "#2563eb", "#ea580c", "#9ca3af", "#16a34a"
 plt.rcParams.update(
     {
@@ -90,6 +92,26 @@ def bars(
         axis.set_xscale("log")  # one method has failed: keep the others readable
     axis.grid(axis="y", visible=False)
     axis.set(xlabel=xlabel, title=title)
+    return figure
+
+
+def ratios(found: dict[str, Estimate], title: str, highlight: str = "") -> Figure:
+    """Perplexity as a multiple of the original's: dots with 95 % intervals, 1 drawn as a line.
+
+    found: model → `Comparison.ratio`. Dots, since the length of a bar on such an axis would mean nothing.
+    """
+    figure, axis = plt.subplots(figsize=(7, 0.34 * len(found) + 1.1))
+    for position, (name, ratio) in enumerate(found.items()):
+        colour = ORANGE if name == highlight else BLUE
+        reach = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+        axis.errorbar(ratio.value, position, xerr=reach, fmt="o", color=colour, capsize=3)
+    axis.axvline(1, color=GREY, linestyle="--")
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    if max(ratio.high for ratio in found.values()) > 4:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="perplexity, multiple of the original's (95 % interval)", title=title)
     return figure
 
 

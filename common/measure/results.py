@@ -93,14 +93,12 @@ class Recorder:
             milliseconds = latency.percentile(q) * 1e3
             self.record(f"{key}-p{q}", milliseconds, "ms", artifact=artifact, protocol=protocol, n=n)
 
-    def quality(
-        self, quality, *, artifact: str, windows: int, headline: bool = False, reference=None, corpus: str = ""
-    ) -> None:
-        """Store an `evaluation.Quality` under the lab's protocol for `windows` test windows.
+    def quality(self, quality, *, artifact: str, headline: bool = False, reference=None, corpus: str = "") -> None:
+        """Store an `evaluation.Quality` under the lab's protocol.
 
         reference: the original's Quality on the same windows; adds the paired comparison. corpus: where not the lab's.
         """
-        settings = self.settings
+        settings, windows = self.settings, len(quality.losses)
         protocol = {
             "corpus": corpus or settings.corpus,
             "split": "test",
@@ -118,12 +116,11 @@ class Recorder:
             spread=quality.standard_error,
             headline=headline,
         )
-        compared = min(windows, settings.kl_windows)
+        compared = len(quality.divergences)
         against = protocol | {"windows": compared, "against": "original"}
         same = {"artifact": artifact, "protocol": against, "n": compared}
-        divergences = getattr(quality, "divergences", ())
-        if len(divergences) > 1:  # each of them compares both models already, so their mean is a paired figure
-            self.estimate("kl", estimate(divergences), "nats/token", **same)
+        if compared > 1:  # each of them compares both models already, so their mean is a paired figure
+            self.estimate("kl", estimate(quality.divergences), "nats/token", **same)
         elif quality.kl is not None:
             self.record("kl", quality.kl, "nats/token", **same)
         if quality.top1 is not None:

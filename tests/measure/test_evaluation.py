@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from common.measure.evaluation import Baseline, better, compare, evaluate, generate
+from common.measure.evaluation import Baseline, better, compare, evaluate, generate, quality_table
 
 
 @torch.no_grad()
@@ -251,3 +251,21 @@ def test_a_model_that_streams(llama, windows):
     assert streamed.perplexity == pytest.approx(plain.perplexity, rel=1e-6)
     assert streamed.top1 == 1
     assert torch.equal(streamed.choices, plain.choices)
+
+
+def test_the_first_windows_alone(llama, windows):
+    """What a sweep compares with, without reading the windows again."""
+    whole, part = evaluate(llama, windows), evaluate(llama, windows[:2])
+    assert whole.first(2).perplexity == pytest.approx(part.perplexity, rel=1e-9)
+    assert compare(part, whole.first(2)).flips == 0
+
+
+def test_a_table_compares_all_but_the_reference(llama, windows):
+    original = evaluate(llama, windows)
+    llama.model.norm.weight.data *= 1.1
+    other = evaluate(llama, windows)
+    shown = quality_table({"original": original, "other": other}, original)
+    ratio = compare(other, original).ratio
+    assert shown.loc["other", "× reference [95 %]"] == f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+    assert shown.loc["original", "× reference [95 %]"] == ""
+    assert shown.loc["original", "perplexity"] == f"{original.perplexity:.2f}"

@@ -8,7 +8,7 @@ from common.course.environment import Usage
 from common.course.settings import load_settings
 from common.measure import results
 from common.measure.benchmarking import Latency
-from common.measure.evaluation import Baseline, Quality, compare, evaluate
+from common.measure.evaluation import Baseline, compare, evaluate
 from tools import tables
 
 SPEC = {
@@ -117,23 +117,20 @@ def test_figures_of_another_model_profile_device_or_protocol_do_not_replace(reco
     assert sorted(r["value"] for r in results.read(recorder.file)) == [14.0, 15.0]
 
 
-def test_quality_is_stored_with_the_windows_it_was_measured_on(recorder):
-    """KL and top-1 see fewer windows than the perplexity, and say so."""
-    few = recorder.settings.kl_windows
-    recorder.quality(Quality(14.0, 0.5, kl=0.1, top1=0.9), artifact="gptq", windows=few + 8)
+def test_quality_is_stored_with_the_windows_it_was_measured_on(recorder, llama, windows):
+    """KL and top-1 may see fewer windows than the perplexity, and say so."""
+    few, baseline = len(windows) - 2, Baseline(len(windows) - 2)
+    original = evaluate(llama, windows, keep=baseline)
+    llama.model.norm.weight.data *= 1.1
+    recorder.quality(evaluate(llama, windows, against=baseline), artifact="gptq")
     stored = {r["key"]: r for r in results.read(recorder.file)}
-    assert {key: (r["value"], r["spread"], r["n"]) for key, r in stored.items()} == {
-        "perplexity": (14.0, 0.5, few + 8),
-        "kl": (0.1, None, few),
-        "top1": (0.9, None, few),
-    }
-    assert {key: r["protocol"]["windows"] for key, r in stored.items()} == {
-        "perplexity": few + 8,
-        "kl": few,
-        "top1": few,
+    assert {key: (r["n"], r["protocol"]["windows"]) for key, r in stored.items()} == {
+        "perplexity": (few + 2, few + 2),
+        "kl": (few, few),
+        "top1": (few, few),
     }
     assert [r["protocol"].get("against") for r in stored.values()].count("original") == 2
-    recorder.quality(Quality(12.0, 0.5), artifact="original", windows=1)
+    recorder.quality(original, artifact="original")
     assert [r["key"] for r in results.read(recorder.file) if r["artifact"] == "original"] == ["perplexity"]
 
 
@@ -261,7 +258,7 @@ def test_a_paired_comparison_is_stored_with_its_interval(recorder, llama, window
     original = evaluate(llama, windows)
     llama.model.norm.weight.data *= 1.1
     quality = evaluate(llama, windows)
-    recorder.quality(quality, artifact="gptq", windows=5, reference=original, corpus="wiki-leads-fr")
+    recorder.quality(quality, artifact="gptq", reference=original, corpus="wiki-leads-fr")
     stored = {r["key"]: r for r in results.read(recorder.file)}
     found = compare(quality, original)
     ratio = stored["perplexity-ratio"]
@@ -285,7 +282,7 @@ def test_kl_has_an_interval_where_it_has_windows(recorder, llama, windows):
     evaluate(llama, windows, keep=baseline)
     llama.model.norm.weight.data *= 1.1
     quality = evaluate(llama, windows, against=baseline)
-    recorder.quality(quality, artifact="gptq", windows=5)
+    recorder.quality(quality, artifact="gptq")
     (kl,) = (r for r in results.read(recorder.file) if r["key"] == "kl")
     assert kl["value"] == pytest.approx(quality.kl)
     assert kl["interval"][0] < kl["value"] < kl["interval"][1]

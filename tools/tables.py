@@ -17,6 +17,29 @@ from tools import families, provenance
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
+WORDS = {  # of a protocol, for the line under a table
+    "corpus": "語料",
+    "split": "切分",
+    "seqlen": "視窗長度",
+    "windows": "測試視窗",
+    "nsamples": "校準視窗",
+    "dtype": "型別",
+    "against": "對照",
+    "context": "脈絡長度",
+    "batch": "批次",
+    "steps": "步數",
+    "tokens": "token 數",
+    "items": "題數",
+    "task": "任務",
+    "chance": "瞎猜",
+    "what": "大小的定義",
+    "sparsity": "稀疏度",
+    "bits": "位元數",
+    "shape": "形狀",
+    "runs": "次數",
+    "seed": "種子",
+}
+MOST_COLUMNS = 6  # of a table that is read in a document
 REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -59,8 +82,9 @@ def _belongs(record: dict, name: str, column: dict) -> bool:
 
 
 def render_table(spec: dict, records: list[dict]) -> str:
-    """A Markdown table: a row per artifact, a column per key and device. Missing figures are shown as a dash.
+    """Markdown tables: a row per artifact, a column per key. Missing figures are shown as a dash.
 
+    Several devices stand side by side where that makes at most MOST_COLUMNS, else each has a table of its own.
     A column's format may use the value, its {spread}, its interval's ends {low} and {high}, and its {ratio} to the
     table's first row.
     Raises ValueError where two records with different protocols, or models, would stand in one column.
@@ -73,6 +97,22 @@ def render_table(spec: dict, records: list[dict]) -> str:
         for key, column in spec["columns"].items()
         for device in sorted({r["device"] for r in chosen if _belongs(r, key, column)})
     ]
+    cells = _cells(spec, chosen, columns)
+    devices = sorted({device for _, device in columns})
+    if len(devices) > 1 and len(columns) + 1 <= MOST_COLUMNS:
+        heads = [f"{spec['columns'][key]['title']}（{device}）" for key, device in columns]
+        return f"{_rows(spec, heads, columns, cells)}\n\n*{spec['title']}。{_caption(chosen)}*\n"
+    parts = []
+    for device in devices:
+        mine = [column for column in columns if column[1] == device]
+        heads = [spec["columns"][key]["title"] for key, _ in mine]
+        below = _caption([r for r in chosen if r["device"] == device])
+        parts.append(f"**{device}**：{spec['title']}。\n\n{_rows(spec, heads, mine, cells)}\n\n*{below}*\n")
+    return "\n".join(parts)
+
+
+def _cells(spec: dict, chosen: list[dict], columns: list[tuple[str, str]]) -> dict[tuple[str, str, str], str]:
+    """(artifact, key, device) → the figure as it is shown."""
     cells = {}
     for key, device in columns:
         column = [r for r in chosen if _belongs(r, key, spec["columns"][key]) and r["device"] == device]
@@ -85,23 +125,28 @@ def render_table(spec: dict, records: list[dict]) -> str:
             low, high = r.get("interval") or (r["value"], r["value"])
             named = {"spread": spread, "low": low, "high": high, "ratio": r["value"] / first if first else 1.0}
             cells[r["artifact"], key, device] = form.format(r["value"], **named)
-    head = [spec["head"], *(f"{spec['columns'][key]['title']}（{device}）" for key, device in columns)]
-    lines = [head, ["---"] + ["---:"] * len(columns)]
+    return cells
+
+
+def _rows(spec: dict, heads: list[str], columns: list[tuple[str, str]], cells: dict) -> str:
+    lines = [[spec["head"], *heads], ["---"] + ["---:"] * len(columns)]
     for artifact, label in spec["rows"].items():
         row = [cells.get((artifact, key, device), "—") for key, device in columns]
         if set(row) != {"—"}:
             lines.append([label, *row])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n*{_caption(spec, chosen)}*\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _caption(spec: dict, chosen: list[dict]) -> str:
+def _caption(chosen: list[dict]) -> str:
     """Where the table's numbers come from, computed from its records."""
     dates = sorted({r["date"] for r in chosen})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} 至 {dates[-1]}"
-    stated = dict.fromkeys("、".join(f"{k}={v}" for k, v in r["protocol"].items()) for r in chosen if r["protocol"])
-    protocol = f"協定：{'；'.join(stated)}。" if stated else ""
-    return f"{spec['title']}。{protocol}來源：`results/`，{span} 執行。{_mixed(chosen)}"
+    stated: dict[str, dict] = {}
+    for name, value in ((name, value) for r in chosen for name, value in r["protocol"].items()):
+        stated.setdefault(name, {})[str(value).removeprefix("torch.")] = None
+    said = "、".join(f"{WORDS.get(name, name)} {' / '.join(values)}" for name, values in stated.items())
+    protocol = f"協定：{said}。" if said else ""
+    return f"{protocol}來源：`results/`，{span} 執行。{_mixed(chosen)}"
 
 
 def _mixed(chosen: list[dict]) -> str:

@@ -48,7 +48,7 @@ def test_table_shows_values_with_spread_and_device(recorder):
     perplexity(recorder, "original", 12.66)
     perplexity(recorder, "gptq", 14.14)
     table = tables.render_table(SPEC, results.read(recorder.file))
-    assert f"困惑度（{recorder.device}）" in table
+    assert table.startswith(f"**{recorder.device}**：{SPEC['title']}。\n\n| 模型 | 困惑度 |")
     assert "| 原始 | 12.66 ± 0.50 |" in table
     assert "| GPTQ | 14.14 ± 0.50 |" in table
 

@@ -10,7 +10,8 @@ from torch import nn
 from common.methods.blocks import FEW_TOKENS, collect, iter_linears, walk
 from common.methods.compensation import Hessian
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
-from common.methods.pruning import InputNorms, PruneConfig, model_sparsity, prune_model
+from common.methods.importance import InputNorms
+from common.methods.pruning import PruneConfig, model_sparsity, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model, rtn
 from common.methods.requirements import require
 

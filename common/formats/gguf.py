@@ -165,7 +165,7 @@ def _has_own_head(found: dict[str, Path], config) -> bool:
     """Whether the file's output head is another matrix than the embedding, whatever the configuration says."""
     if "lm_head.weight" not in found or not config.tie_word_embeddings:
         return "lm_head.weight" in found
-    head, embedding = (checkpoint.read(found, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    head, embedding = (checkpoint.read_tensor(found, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     return not torch.equal(head, embedding)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from common.methods.capture import (
-    Batch,
     Block,
+    BlockInputs,
     Halt,
     capture,
     decoder_blocks,
@@ -32,7 +32,7 @@ from common.methods.capture import (
     walkable_blocks,
 )
 from common.methods.experts import Matrix, block_linears, one_by_one
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
 from common.methods.stages import Linear, Stage, Statistic, find_stages, levels_of
 
 __all__ = [
@@ -112,7 +112,7 @@ class _Walk:
         everything = [_Seen(stage) for stage in stages]
         return everything, hooks(*(watch(seen) for seen in everything))
 
-    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[Batch], leave: bool) -> None:
+    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[BlockInputs], leave: bool) -> None:
         """Gather what all batches bring to a level, change it, and go on to the next.
 
         leave: a pass ends when it has reached the level; what follows must wait for the change anyway.
@@ -132,7 +132,7 @@ class _Walk:
             for seen in everything:
                 self.finish(seen)
 
-    def on_arrival(self, block: Block, stages: list[Stage], batch: Batch) -> Tensor:
+    def on_arrival(self, block: Block, stages: list[Stage], batch: BlockInputs) -> Tensor:
         """Change each stage when its input arrives, in a single pass: with one batch nothing has to wait."""
         everything, watched = self.watching(stages, self.finish)
         with watched:
@@ -142,7 +142,7 @@ class _Walk:
                 self.finish(seen)  # an expert without a token
         return hidden
 
-    def through(self, block: Block, shown: Batch, batches: list[Batch], at_once: bool) -> None:
+    def through(self, block: Block, shown: BlockInputs, batches: list[BlockInputs], at_once: bool) -> None:
         """Visit one block with all batches, and let them flow on through it as changed."""
         stages, repeated = find_stages(block, [shown, *batches], self.device)
         if len(batches) == 1 and not (at_once or repeated):
@@ -184,7 +184,7 @@ def walk(
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
     model.eval()
-    require(model, "calibration" if reduce is None else "calibration by several processes")
+    require_needs(model, "calibration" if reduce is None else "calibration by several processes")
     traced, blocks = trace(model, windows), walkable_blocks(model)
     home = next(blocks[0].module.parameters()).device
     device = torch.device(device or home)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 
-class Guard(TrainerCallback):
+class FiniteGradients(TrainerCallback):
     """Stops before a gradient that is not finite reaches the weights, so that every checkpoint is good."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):

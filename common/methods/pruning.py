@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common.methods.blocks import by_statistic, iter_linears, walk
 from common.methods.compensation import BLOCK_COLUMNS, Hessian, compensate, inverse_cholesky, naming
 from common.methods.importance import InputNorms, keep_highest, wanda_scores
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
 from common.methods.stages import Linear, Stage, Statistic
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -210,7 +210,7 @@ def _prune_linears(linears: dict[str, Linear], statistic, config: PruneConfig, a
 
 def _prepare(model: nn.Module, config: PruneConfig, allocation: dict[str, float] | None) -> None:
     """Find what is wrong before minutes of work, not after."""
-    require(model, "weights")
+    require_needs(model, "weights")
     for name, linear in iter_linears(model):
         _check_width(config, linear.in_features, name)
     for sparsity in (allocation or {}).values():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.methods.blocks import by_statistic, iter_linears, walk
 from common.methods.compensation import Hessian, compensate, inverse_cholesky, naming
 from common.methods.grid import Grid, clipped_scale, nearest_codes
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
 from common.methods.stages import Linear, Stage
 
 
@@ -165,7 +165,7 @@ def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
 @torch.no_grad()
 def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
     """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
-    require(model, "weights")
+    require_needs(model, "weights")
     check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):

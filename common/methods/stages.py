@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from common.methods.capture import Batch, Block, hooks
+from common.methods.capture import Block, BlockInputs, hooks
 from common.methods.experts import Matrix
 
 
@@ -48,7 +48,7 @@ class Stage:
         return re.sub(r"\.\d+(?=\.|$)", ".*", name) if "expert" in name or isinstance(self.head, Matrix) else name
 
 
-def find_stages(block: Block, batches: list[Batch], device) -> tuple[list[Stage], bool]:
+def find_stages(block: Block, batches: list[BlockInputs], device) -> tuple[list[Stage], bool]:
     """Group a block's layers by the input they share, in order of execution; and does one of them run twice?
 
     The first batch shows it, unless none of its tokens is routed to some expert: then the next one is looked at.

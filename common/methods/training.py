@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from common.course import artifacts
 from common.measure.cuda_graph import Body, graphed_body
 from common.measure.evaluation import Baseline, evaluate
-from common.methods.callbacks import Guard, Progress
+from common.methods.callbacks import FiniteGradients, Progress
 from common.methods.distillation import distillation_loss, last_relations, minilm_loss, require_relations
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.methods.output_head import output_head, require_output_head
@@ -90,9 +90,9 @@ class DistillationTrainer(Trainer):
             require_output_head(model)
             if objective.minilm:
                 require_relations(model)
-        datasets = {"train_dataset": data, "eval_dataset": valid}
+        given = {"train_dataset": data, "eval_dataset": valid, "callbacks": [FiniteGradients, Progress]}
         arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
-        super().__init__(student, arguments, data_collator=data.collate, callbacks=[Guard, Progress], **datasets)
+        super().__init__(student, arguments, data_collator=data.collate, **given)
         self.remove_callback(PrinterCallback)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against

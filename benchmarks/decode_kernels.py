@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.course.private import int4_product
 from common.formats.gptq import pack_linear
 from common.methods.quantization import QuantizeConfig, QuantizedWeight, rtn
 
@@ -126,14 +127,9 @@ class TorchInt4(nn.Module):
         scale = weight.scale.T.float()
         offset = (8 - weight.zero.T.float()) * scale
         self.register_buffer("scale_and_offset", torch.stack([scale, offset], dim=-1).to(dtype))  # [groups, out, 2]
-        codes, self.group, self.out_features = weight.codes, weight.config.group_size, len(weight.codes)
-        if codes.is_cuda:
-            pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # even columns in the high half of a byte
-            self.register_buffer("codes", torch._convert_weight_to_int4pack(pairs.contiguous(), 8))
-            self.product = torch._weight_int4pack_mm
-        else:
-            self.register_buffer("codes", torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
-            self.product = torch._weight_int4pack_mm_for_cpu
+        self.group, self.out_features = weight.config.group_size, len(weight.codes)
+        codes, self.product = int4_product(weight.codes)
+        self.register_buffer("codes", codes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product(x.reshape(-1, x.shape[-1]), self.codes, self.group, self.scale_and_offset)

@@ -59,7 +59,7 @@ def missing() -> str:
 
 def has_four_bit_kernel() -> bool:
     """vLLM computes with packed 4-bit weights on GPUs and on CPUs with AVX-512; others lack the kernel."""
-    return torch.cuda.is_available() or torch.cpu._is_avx512_supported()
+    return torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_f", False)
 
 
 def sixteen_bits() -> torch.dtype:

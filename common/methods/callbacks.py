@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -12,8 +12,8 @@ class FiniteGradients(TrainerCallback):
     """Stops before a gradient that is not finite reaches the weights, so that every checkpoint is good."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not torch.stack(norms).isfinite().all():
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not norm.isfinite():
             last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
             kept = f"The last good checkpoint is {Path(last).name}" if last else "There is no checkpoint yet"
             raise FloatingPointError(

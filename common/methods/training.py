@@ -165,6 +165,14 @@ class DistillationTrainer(Trainer):
         return metrics
 
 
+class OneCard(TrainingArguments):
+    """On a second card Trainer would wrap the model in DataParallel."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
 def training_arguments(
     folder: Path,
     *,
@@ -179,7 +187,7 @@ def training_arguments(
     weight_decay: float = 0.1,
 ) -> TrainingArguments:
     """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
-    made = TrainingArguments(
+    return OneCard(
         output_dir=str(folder),
         run_name=name,
         max_steps=steps,
@@ -205,8 +213,6 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
-    made._n_gpu = min(made.n_gpu, 1)  # else a second card makes Trainer wrap the model in DataParallel
-    return made
 
 
 def history(trainer: Trainer, key: str) -> dict[int, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.course.private import int4_product
 from common.formats.gptq import pack_linear
 from common.methods.quantization import QuantizeConfig, QuantizedWeight, rtn
 
@@ -126,14 +127,9 @@ class TorchInt4(nn.Module):
         scale = weight.scale.T.float()
         offset = (8 - weight.zero.T.float()) * scale
         self.register_buffer("scale_and_offset", torch.stack([scale, offset], dim=-1).to(dtype))  # [groups, out, 2]
-        codes, self.group, self.out_features = weight.codes, weight.config.group_size, len(weight.codes)
-        if codes.is_cuda:
-            pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # even columns in the high half of a byte
-            self.register_buffer("codes", torch._convert_weight_to_int4pack(pairs.contiguous(), 8))
-            self.product = torch._weight_int4pack_mm
-        else:
-            self.register_buffer("codes", torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
-            self.product = torch._weight_int4pack_mm_for_cpu
+        self.group, self.out_features = weight.config.group_size, len(weight.codes)
+        codes, self.product = int4_product(weight.codes)
+        self.register_buffer("codes", codes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product(x.reshape(-1, x.shape[-1]), self.codes, self.group, self.scale_and_offset)
@@ -144,7 +140,7 @@ def torch_int4(linear: nn.Linear) -> nn.Module:
     return TorchInt4(rtn(linear.weight.detach(), CONFIG), linear.weight.dtype)
 
 
-def pack_rows(codes: Tensor) -> Tensor:
+def pack_words(codes: Tensor) -> Tensor:
     """4-bit codes [out, in] as int32 words [out, in / 8]; the eight codes of a word are 16 columns apart.
 
     So the words of a row lie side by side, and so do the inputs that meet their codes of one place: both are read fast.
@@ -153,8 +149,8 @@ def pack_rows(codes: Tensor) -> Tensor:
     return sum(part << 4 * place for place, part in enumerate(places)).flatten(1).contiguous()
 
 
-def unpack_rows(words: Tensor) -> Tensor:
-    """The codes [out, in] that `pack_rows` was given."""
+def unpack_words(words: Tensor) -> Tensor:
+    """The codes [out, in] that `pack_words` was given."""
     places = [(words.unflatten(1, (-1, 16)) >> 4 * place) & 15 for place in range(8)]
     return torch.stack(places, dim=2).flatten(1)
 
@@ -167,7 +163,7 @@ class TritonInt4(nn.Module):
         self.config = weight.config
         if (self.config.bits, self.config.group_size) != (4, 128):
             raise ValueError(f"The kernel is for 4 bits in groups of 128, not {self.config}.")
-        self.register_buffer("words", pack_rows(weight.codes))
+        self.register_buffer("words", pack_words(weight.codes))
         self.register_buffer("scale", weight.scale.contiguous())
         self.register_buffer("zero", weight.zero.to(weight.scale.dtype).contiguous())
 
@@ -180,7 +176,7 @@ class TritonInt4(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The float32 matrix [out, in]."""
-        return QuantizedWeight(unpack_rows(self.words), self.scale, self.zero, self.config).dequantize()
+        return QuantizedWeight(unpack_words(self.words), self.scale, self.zero, self.config).dequantize()
 
 
 def triton_int4(linear: nn.Linear) -> nn.Module:
@@ -293,7 +289,7 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> float:
 # --- what a step must read -------------------------------------------------------------------------------------------
 
 
-def weight_bytes(model: nn.Module) -> int:
+def bytes_of_weights(model: nn.Module) -> int:
     """Bytes of all parameters and buffers: the weights as the kernel keeps them, scales included."""
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
@@ -308,4 +304,4 @@ def bytes_per_step(model: nn.Module, batch: int, context: int) -> int:
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * context * batch * model.dtype.itemsize
     embedding = model.get_input_embeddings().weight
     tied = embedding is model.get_output_embeddings().weight
-    return weight_bytes(model) - (0 if tied else embedding.nbytes) + cache
+    return bytes_of_weights(model) - (0 if tied else embedding.nbytes) + cache

@@ -41,7 +41,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_per_step, use_kernel, weight_bytes
+from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_of_weights, bytes_per_step, use_kernel
 from common.course import assets
 from common.course.assets import load_model, model_config
 from common.course.environment import GIB, prepare
@@ -198,7 +198,7 @@ def decode_with(run: Run, name: str, kernel: Kernel) -> None:
         raise AssertionError(f"the kernel's output is off by {error:.2f}: it computes something else")
     release_memory()
     run.record("output-error", error, "relative", name, {"layer": "down_proj of the first block"})
-    run.record("weights-memory", weight_bytes(model) / 1e6, "MB", name, {})
+    run.record("weights-memory", bytes_of_weights(model) / 1e6, "MB", name, {})
     context = settings.context_tokens
     for batch in (batch for batch in settings.batch_sizes if batch <= kernel.most):
         with peak_memory(device) as peak:

@@ -52,7 +52,7 @@ def int4_gemv(x, words, scale, zero, out, WIDTH: tl.constexpr, ROWS: tl.constexp
 def product(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """weight @ x for one token x [in], with weight = scale · (code - zero) in groups of 128 columns.
 
-    words: int32 [out, in / 8] as `benchmarks.decode_kernels.pack_rows` makes them; scale, zero: float [out, in / 128];
+    words: int32 [out, in / 8] as `benchmarks.decode_kernels.pack_words` makes them; scale, zero: float [out, in / 128];
     out must be a multiple of 8. Inputs above 2^27 overflow. Returns [out] in the type of x.
     """
     out = x.new_empty(len(words))

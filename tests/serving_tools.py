@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.engines.processes import free_port
 from common.serving.api import Limits, create_app
-from common.serving.connections import configure
+from common.serving.connections import uvicorn_config
 from common.serving.engine import TransformersEngine
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -34,7 +34,7 @@ def listening(engine, limits=LIMITS, api_key="", **options):
     """The service on a free port, in a thread; yields its URL."""
     port = free_port()
     app = create_app(engine, limits, api_key, **options)
-    server = uvicorn.Server(configure(app, limits, port=port))
+    server = uvicorn.Server(uvicorn_config(app, limits, port=port))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

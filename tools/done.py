@@ -13,6 +13,7 @@ import nbformat
 
 from common.course.artifacts import DESCRIPTION
 from common.course.environment import versions
+from common.course.files import write_whole
 from common.course.settings import ROOT, Settings, work_folder
 from tools import provenance
 from tools.notebooks import code, needs, title
@@ -74,10 +75,7 @@ class Stamps:
         self._write({key: stamp for key, stamp in self._read().items() if key != f"{title(notebook)} · {self.of}"})
 
     def _write(self, stamps: dict) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_suffix(".new")
-        aside.write_text(json.dumps(stamps, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(self.file)
+        write_whole(self.file, json.dumps(stamps, indent=1, ensure_ascii=False) + "\n")
 
 
 def _changed(folder: Path) -> float:

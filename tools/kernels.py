@@ -85,11 +85,9 @@ class WatchedKernelManager(AsyncKernelManager):
 
     watch: Watch  # set by `execute`
 
-    async def _async_is_alive(self) -> bool:
+    async def is_alive(self) -> bool:
         self.watch.look(await self.provisioner.poll() if self.has_kernel else None)
-        return await super()._async_is_alive()
-
-    is_alive = _async_is_alive
+        return await super().is_alive()
 
 
 def execute(notebook: Path, target: Path, parameters: dict, limit: int | None = None) -> None:

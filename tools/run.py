@@ -20,6 +20,7 @@ import nbformat
 
 from common.course.embedded import SPECS, embedded_folder
 from common.course.environment import device_name
+from common.course.files import whole_file
 from common.course.settings import PROFILES, load_settings, resolve_profile, slug, work_folder
 from common.measure import results
 from tools import provenance, tables
@@ -136,9 +137,8 @@ def record(notebook: Path, target: Path, lab: str, profile: str, device: str, so
             cell.outputs = without_progress(cell.outputs)
     provenance.stamp(executed, lab, profile, device, datetime.date.today().isoformat())
     tables.promote(notebook.stem, source)
-    aside = notebook.with_suffix(".new")
-    nbformat.write(executed, aside)
-    aside.replace(notebook)
+    with whole_file(notebook) as new:
+        nbformat.write(executed, new)
 
 
 def run_one(notebook: Path, options: argparse.Namespace, profile: str, missing: set[str]) -> tuple[Outcome, list[dict]]:

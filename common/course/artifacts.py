@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.course.files import recover, whole_folder
+
 DESCRIPTION = "artifact.json"
 
 
@@ -49,21 +51,6 @@ def _hash_of_versions(versions: tuple[tuple[Path, int, int], ...]) -> str:
     return _hash([file for file, *_ in versions])
 
 
-def _aside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _recover(folder: Path) -> None:
-    """Undo a save that was interrupted between its two renames, or finish one that was interrupted after them."""
-    old = _aside(folder, "old")
-    if not old.exists():
-        return
-    if folder.exists():
-        shutil.rmtree(old)
-    else:
-        old.rename(folder)
-
-
 def save(
     folder: Path,
     write: Callable[[Path], None],
@@ -80,35 +67,23 @@ def save(
     Raises OSError before writing when the disk has less than `expected_bytes` free.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
     free = shutil.disk_usage(folder.parent).free
     if free < expected_bytes:
         raise OSError(
             f"Saving {folder.name} takes {expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
             "Free some space, then run the cell again."
         )
-    new, old = _aside(folder, "new"), _aside(folder, "old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
+    with whole_folder(folder) as new:
         write(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    files = _weight_files(new)
-    description = {
-        "method": method,
-        "settings": settings,
-        "parent": parent,
-        "weight_bytes": sum(file.stat().st_size for file in files),
-        "sha256": _hash(files),
-    }
-    (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        files = _weight_files(new)
+        description = {
+            "method": method,
+            "settings": settings,
+            "parent": parent,
+            "weight_bytes": sum(file.stat().st_size for file in files),
+            "sha256": _hash(files),
+        }
+        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return Artifact(folder, **description)
 
 
@@ -117,7 +92,7 @@ def load(folder: Path, made_by: str = "") -> Artifact:
 
     Raises FileNotFoundError naming the notebook `made_by` that makes it, or ValueError when files are damaged.
     """
-    _recover(folder)
+    recover(folder)
     if not (folder / DESCRIPTION).exists():
         hint = f" Run notebook {made_by} first." if made_by else ""
         raise FileNotFoundError(f"There is no saved model {folder.name!r}.{hint}")

@@ -59,7 +59,7 @@ def stored(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read(found: dict[str, Path], name: str) -> torch.Tensor:
+def read_tensor(found: dict[str, Path], name: str) -> torch.Tensor:
     """One tensor of those that `stored` found."""
     with safe_open(found[name], framework="pt") as file:
         return file.get_tensor(name)

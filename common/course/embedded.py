@@ -68,7 +68,7 @@ def _unpack(source: Path, path: Path, spec: str) -> None:
         model.config.num_hidden_layers = len(SHORT)
     del model.config.quantization_config  # else save_pretrained refuses: it believes the weights are still GGUF
     model.hf_quantizer = None
-    model.config._name_or_path = spec
+    model.config.name_or_path = spec
     model.bfloat16().save_pretrained(path)
     tokenizer.save_pretrained(path)
 

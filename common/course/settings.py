@@ -46,7 +46,8 @@ class Settings:
     @property
     def dtype(self) -> torch.dtype:
         """bfloat16 where the processor computes in it (all recent GPUs, AVX512-BF16 or AMX CPUs), else float32."""
-        if self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        able = torch.cpu.get_capabilities()
+        if self.device.type == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16"):
             return torch.bfloat16
         return torch.float32
 

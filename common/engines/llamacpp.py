@@ -18,6 +18,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from common.course.files import whole_file
 from common.engines.processes import EngineDied, cause_of_death, out_of_memory_kills, start_guarded, stop_guarded
 from common.measure.benchmarking import Latency
 
@@ -98,15 +99,14 @@ def quantize_gguf(source: Path, target: Path, kind: str, time_limit: float = TIM
     ftype = getattr(gguf.LlamaFileType, f"MOSTLY_{kind}", None)
     if ftype is None:
         raise ValueError(f"llama.cpp has no quantization {kind!r}; try Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M or Q2_K.")
-    aside = target.with_suffix(".new")
     worker = _Worker(source.name, time_limit)
     try:
-        if worker.ask("quantize", str(source), str(aside), int(ftype), torch.get_num_threads()):
-            raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}: is it a float16 GGUF file?")
-        return aside.replace(target)
+        with whole_file(target) as new:
+            if worker.ask("quantize", str(source), str(new), int(ftype), torch.get_num_threads()):
+                raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}: is it a float16 GGUF file?")
     finally:
         worker.close()
-        aside.unlink(missing_ok=True)
+    return target
 
 
 class LlamaCpp:

@@ -5,6 +5,7 @@ the logits follow, float32, one message per token. Messages are multiprocessing'
 notebook that started this process only. It ends when the socket closes.
 """
 
+import logging
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -20,7 +21,7 @@ class Worker:
 
     def __init__(self, connection: Connection):
         self.connection = connection
-        llama_cpp._logger.set_verbose(False)
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # what the engine says of its work
 
     def quantize(self, source: str, target: str, ftype: int, threads: int) -> int:
         parameters = llama_cpp.llama_model_quantize_default_params()

@@ -94,7 +94,7 @@ def stop_guarded(guard: subprocess.Popen) -> int:
 
 
 @contextlib.contextmanager
-def serve(
+def serve_command(
     command: list[str],
     *,
     health: str,

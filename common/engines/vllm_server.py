@@ -13,7 +13,7 @@ import torch
 
 from common.course import artifacts
 from common.course.settings import ROOT
-from common.engines.processes import EngineDied, free_port, serve
+from common.engines.processes import EngineDied, free_port, serve_command
 from common.formats.awq import repack_as_awq
 from common.formats.gptq import save_dense
 
@@ -59,7 +59,7 @@ def missing() -> str:
 
 def has_four_bit_kernel() -> bool:
     """vLLM computes with packed 4-bit weights on GPUs and on CPUs with AVX-512; others lack the kernel."""
-    return torch.cuda.is_available() or torch.cpu._is_avx512_supported()
+    return torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_f", False)
 
 
 def sixteen_bits() -> torch.dtype:
@@ -115,7 +115,7 @@ def serve_vllm(
         command += ["--enforce-eager", "--max-num-batched-tokens", context]  # compiling takes minutes on a CPU
     command += options
     environment = SETTINGS | {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    with serve(command, health=f"{root}/health", log=log, name="vLLM", timeout=600, environment=environment):
+    with serve_command(command, health=f"{root}/health", log=log, name="vLLM", timeout=600, environment=environment):
         try:
             yield VLLM(url=f"{root}/v1", log=log)
         except openai.APITimeoutError as error:

@@ -57,9 +57,9 @@ def repack_as_awq(source: artifacts.Artifact, target: Path, dtype: torch.dtype =
     for name in found:
         layer, _, key = name.rpartition(".")
         if key in ("qweight", "qzeros", "scales", "g_idx"):
-            packed.setdefault(layer, {})[key] = checkpoint.read(found, name)
+            packed.setdefault(layer, {})[key] = checkpoint.read_tensor(found, name)
         else:
-            tensors[name] = checkpoint.read(found, name).to(dtype)
+            tensors[name] = checkpoint.read_tensor(found, name).to(dtype)
     for layer, parts in packed.items():
         tensors |= {f"{layer}.{key}": value for key, value in repack_linear(parts).items()}
 

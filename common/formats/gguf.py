@@ -4,6 +4,7 @@ A GGUF file holds everything: hyperparameters, tokenizer, chat template and tens
 llama.cpp's own `convert_hf_to_gguf.py`; the file is written by the official `gguf` package, one tensor at a time.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.course import checkpoint
 from common.course.assets import local_folder
+from common.course.files import whole_file
 from common.formats.gguf_tokenizer import LLAMA_3_SPLIT, QWEN_2_SPLIT, UnknownFamily, add_tokenizer
 
 __all__ = ["LLAMA_3_SPLIT", "QWEN_2_SPLIT", "StoredTensor", "UnknownFamily", "export_gguf", "stored_tensors"]
@@ -46,7 +48,7 @@ COMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints hold and every
 def export_gguf(source: Path | str, target: Path) -> Path:
     """Write the model `source` (folder of config, tokenizer and *.safetensors, or Hub id) as the GGUF file `target`.
 
-    Matrices become float16, vectors stay float32. The file is written aside and renamed when complete.
+    Matrices become float16, vectors stay float32. An interruption leaves no half file.
     Raises UnknownFamily where llama.cpp has no graph for it here, ValueError where the folder is no complete dense
     model that GGUF can hold unchanged.
     """
@@ -55,19 +57,11 @@ def export_gguf(source: Path | str, target: Path) -> Path:
         source = local_folder(source.as_posix())
     config = AutoConfig.from_pretrained(source)
     architecture = _check(config, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_suffix(".new")
-    writer = gguf.GGUFWriter(aside, gguf.MODEL_ARCH_NAMES[architecture])
-    try:
+    with whole_file(target) as new, closing(gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[architecture])) as writer:
         _add_hyperparameters(writer, config)
         add_tokenizer(writer, source, config)
         _write(writer, _tensors(source, config, architecture), config, architecture)
-    except BaseException:
-        writer.close()
-        aside.unlink(missing_ok=True)
-        raise
-    writer.close()
-    return aside.replace(target)
+    return target
 
 
 def _check(config, source: Path) -> gguf.MODEL_ARCH:
@@ -171,7 +165,7 @@ def _has_own_head(found: dict[str, Path], config) -> bool:
     """Whether the file's output head is another matrix than the embedding, whatever the configuration says."""
     if "lm_head.weight" not in found or not config.tie_word_embeddings:
         return "lm_head.weight" in found
-    head, embedding = (checkpoint.read(found, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    head, embedding = (checkpoint.read_tensor(found, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     return not torch.equal(head, embedding)
 
 

@@ -211,7 +211,7 @@ def packed_layers(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     for name in found:
         layer, _, key = name.rpartition(".")
         target, label = (packed.setdefault(layer, {}), key) if key in KEYS else (others, name)
-        target[label] = checkpoint.read(found, name)
+        target[label] = checkpoint.read_tensor(found, name)
     return packed, others
 
 

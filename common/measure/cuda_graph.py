@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.course.private import attention_of
+
 
 def graphed(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """On a GPU, `run` captured once in a CUDA graph: calling the result replays its kernels without Python between.
@@ -43,7 +45,7 @@ AttentionMaskInterface.register("causal", lambda *_, **__: None)
 @contextmanager
 def using_attention(model: nn.Module, implementation: str):
     """The model with another implementation of attention, for as long as the context lasts."""
-    usual = model.config._attn_implementation
+    usual = attention_of(model.config)
     model.set_attn_implementation(implementation)
     try:
         yield

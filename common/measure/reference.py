@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.course.assets import locate
+from common.course.files import whole_file
 from common.course.settings import Settings, slug, work_folder
 from common.measure import evaluation
 from common.measure.evaluation import Baseline, Quality, evaluate
@@ -62,9 +63,8 @@ def _save(quality: Quality, baseline: Baseline, file: Path) -> None:
     needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(file.parent).free
     if free < needed:
         raise OSError(f"Keeping the original's results takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB.")
-    aside = file.with_suffix(".new")  # written aside, then renamed: an interruption leaves nothing half
-    save_file(tensors, aside)
-    aside.replace(file)
+    with whole_file(file) as new:
+        save_file(tensors, new)
 
 
 def _load(file: Path, keep: int) -> tuple[Quality, Baseline]:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from common.course.environment import GIB, device_name, usage, versions
+from common.course.files import write_whole
 from common.course.settings import Settings, slug, work_folder
 from common.measure.evaluation import compare, estimate
 
@@ -169,8 +170,5 @@ def merge(records: list[dict], file: Path) -> None:
 def write(records: list[dict], file: Path) -> None:
     """Make `records` the content of a file; of equal identities the last one stays."""
     merged = {identity(record): record for record in records}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".new")  # written aside, then renamed: an interruption loses nothing
     content = json.dumps(sorted(merged.values(), key=identity), indent=1, ensure_ascii=False)
-    aside.write_text(content + "\n", encoding="utf-8")
-    aside.replace(file)
+    write_whole(file, content + "\n")

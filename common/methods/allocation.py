@@ -6,8 +6,10 @@ An allocation maps layer names to sparsities, for `common.methods.pruning.prune_
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Statistic, decoder_blocks, iter_linears
-from common.methods.pruning import check_sparsity, wanda_scores
+from common.methods.blocks import decoder_blocks, iter_linears
+from common.methods.importance import wanda_scores
+from common.methods.pruning import check_sparsity
+from common.methods.stages import Statistic
 
 
 def by_importance(model: nn.Module, importance: list[float], sparsity: float, span: float) -> dict[str, float]:

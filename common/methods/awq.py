@@ -13,10 +13,11 @@ stored.
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Stage, walk
+from common.methods.blocks import walk
 from common.methods.compensation import Hessian, naming, squared_error
 from common.methods.folding import find_folds
 from common.methods.quantization import QuantizeConfig, check_widths, find_grid
+from common.methods.stages import Stage
 
 ALPHAS = torch.linspace(0.0, 0.9, 10).tolist()  # 0 is plain rounding
 

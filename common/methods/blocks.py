@@ -11,20 +11,18 @@ In a mixture of experts each expert receives other tokens; the matrices of all e
 a statistic of its own.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from common.methods.capture import (
-    Batch,
     Block,
+    BlockInputs,
     Halt,
     capture,
     decoder_blocks,
@@ -34,12 +32,10 @@ from common.methods.capture import (
     walkable_blocks,
 )
 from common.methods.experts import Matrix, block_linears, one_by_one
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
+from common.methods.stages import Linear, Stage, Statistic, find_stages, levels_of
 
 __all__ = [
-    "Linear",
-    "Stage",
-    "Statistic",
     "block_linears",
     "by_statistic",
     "collect",
@@ -52,80 +48,8 @@ __all__ = [
 FEW_TOKENS = 16  # of an expert that was sent fewer, not even the sizes of its inputs are known
 
 
-class Statistic(Protocol):
-    """What is gathered of a linear layer's input. `add` receives [tokens, in_features] activations."""
-
-    def add(self, inputs: Tensor) -> None: ...
-
-
-Linear = nn.Linear | Matrix
 Observe = Callable[[int, Tensor], Statistic]
 Change = Callable[["Stage", Statistic], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linear layers of one block that read the same input, by their name inside the block."""
-
-    block_index: int
-    linears: dict[str, Linear]
-    path: str  # of the block in the model: `model.layers.7`
-
-    @property
-    def head(self) -> Linear:
-        """The layer that the input reaches first."""
-        return next(iter(self.linears.values()))
-
-    @property
-    def in_features(self) -> int:
-        return self.head.in_features
-
-    @property
-    def named(self) -> dict[str, Linear]:
-        """The layers by their full names."""
-        return {f"{self.path}.{name}": linear for name, linear in self.linears.items()}
-
-    @property
-    def kind(self) -> str:
-        """The same for the same matrix of all experts, `mlp.experts.*.down_proj`; otherwise the first layer's name."""
-        name = next(iter(self.linears))
-        return re.sub(r"\.\d+(?=\.|$)", ".*", name) if "expert" in name or isinstance(self.head, Matrix) else name
-
-
-def _stages(block: Block, batches: list[Batch], device) -> tuple[list[Stage], bool]:
-    """Group a block's layers by the input they share, in order of execution; and does one of them run twice?
-
-    The first batch shows it, unless none of its tokens is routed to some expert: then the next one is looked at.
-    """
-    stages, missing, repeated = [], dict(block.linears), False
-
-    def watch(name, linear):
-        def hook(_, args):
-            nonlocal repeated
-            repeated |= name in arrived
-            arrived.add(name)
-            if missing.pop(name, None) is not None:
-                groups.setdefault(id(args[0]), (args[0], {}))[1][name] = linear  # the tensor keeps its id taken
-
-        return linear.register_forward_pre_hook(hook)
-
-    for batch in batches:
-        groups: dict[int, tuple[Tensor, dict[str, Linear]]] = {}
-        arrived: set[str] = set()
-        with hooks(*(watch(name, linear) for name, linear in block.linears.items())):
-            block(batch, device)
-        stages += [Stage(block.index, linears, block.path) for _, linears in groups.values()]
-        if not missing:
-            break
-    return stages + [Stage(block.index, {name: linear}, block.path) for name, linear in missing.items()], repeated
-
-
-def _levels(stages: list[Stage]) -> list[list[Stage]]:
-    """Stages to be observed in the same pass: the same matrix of every expert. Any other is alone."""
-    levels: dict[str, list[Stage]] = {}
-    for stage in stages:
-        levels.setdefault(stage.kind, []).append(stage)
-    return list(levels.values())
 
 
 @dataclass
@@ -188,7 +112,7 @@ class _Walk:
         everything = [_Seen(stage) for stage in stages]
         return everything, hooks(*(watch(seen) for seen in everything))
 
-    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[Batch], leave: bool) -> None:
+    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[BlockInputs], leave: bool) -> None:
         """Gather what all batches bring to a level, change it, and go on to the next.
 
         leave: a pass ends when it has reached the level; what follows must wait for the change anyway.
@@ -208,7 +132,7 @@ class _Walk:
             for seen in everything:
                 self.finish(seen)
 
-    def on_arrival(self, block: Block, stages: list[Stage], batch: Batch) -> Tensor:
+    def on_arrival(self, block: Block, stages: list[Stage], batch: BlockInputs) -> Tensor:
         """Change each stage when its input arrives, in a single pass: with one batch nothing has to wait."""
         everything, watched = self.watching(stages, self.finish)
         with watched:
@@ -218,13 +142,13 @@ class _Walk:
                 self.finish(seen)  # an expert without a token
         return hidden
 
-    def through(self, block: Block, shown: Batch, batches: list[Batch], at_once: bool) -> None:
+    def through(self, block: Block, shown: BlockInputs, batches: list[BlockInputs], at_once: bool) -> None:
         """Visit one block with all batches, and let them flow on through it as changed."""
-        stages, repeated = _stages(block, [shown, *batches], self.device)
+        stages, repeated = find_stages(block, [shown, *batches], self.device)
         if len(batches) == 1 and not (at_once or repeated):
             batches[0].hidden = self.on_arrival(block, stages, batches[0])
             return
-        self.level_by_level(block, [stages] if at_once else _levels(stages), batches, leave=not repeated)
+        self.level_by_level(block, [stages] if at_once else levels_of(stages), batches, leave=not repeated)
         for batch in batches:
             batch.hidden = block(batch, self.device)
 
@@ -260,7 +184,7 @@ def walk(
     if windows.dim() != 2 or len(windows) == 0:
         raise ValueError(f"Calibration windows must be [nsamples ≥ 1, seqlen], got shape {tuple(windows.shape)}.")
     model.eval()
-    require(model, "calibration" if reduce is None else "calibration by several processes")
+    require_needs(model, "calibration" if reduce is None else "calibration by several processes")
     traced, blocks = trace(model, windows), walkable_blocks(model)
     home = next(blocks[0].module.parameters()).device
     device = torch.device(device or home)

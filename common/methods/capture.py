@@ -61,7 +61,7 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
 
 
 @dataclass
-class Batch:
+class BlockInputs:
     """What blocks are called with: hidden states [batch, seqlen, hidden], and the other arguments of each block.
 
     The latter differ where attention does: some models (Qwen2, Gemma) have a sliding window in some blocks only.
@@ -80,7 +80,7 @@ class Block:
     module: nn.Module
     linears: dict[str, nn.Linear | Matrix]
 
-    def __call__(self, batch: Batch, device: torch.device) -> Tensor:
+    def __call__(self, batch: BlockInputs, device: torch.device) -> Tensor:
         """The hidden states after this block, on the device where the batch waits."""
         args, kwargs = batch.calls[self.index]
         with unfused(self.linears):
@@ -140,7 +140,7 @@ def stand_ins(blocks: nn.ModuleList, forward):
             vars(block).pop("forward", None)
 
 
-def capture(model, windows: Tensor, batch_size: int, device, store, extras: list[tuple]) -> list[Batch]:
+def capture(model, windows: Tensor, batch_size: int, device, store, extras: list[tuple]) -> list[BlockInputs]:
     """Run the part around the blocks (embedding, positions, masks) and keep what reaches them; they compute nothing.
 
     extras: what each block returns besides the hidden states (`Trace.extras`).
@@ -150,7 +150,7 @@ def capture(model, windows: Tensor, batch_size: int, device, store, extras: list
     def forward(index, hidden, args, kwargs):
         if index == 0:
             moved.clear()
-            captured.append(Batch(hidden.to(store)))
+            captured.append(BlockInputs(hidden.to(store)))
         captured[-1].calls.append((to_device(args, device, moved), to_device(kwargs, device, moved)))
         if index == len(blocks) - 1:
             raise Halt
@@ -220,7 +220,7 @@ def trace(model: nn.Module, windows: Tensor, blocks: list[Block] | None = None) 
             if not after.isfinite().all():
                 raise ValueError(f"Block {block.index} of {name} computes NaN or inf: are all its weights finite?")
             try:
-                alone = block(Batch(before, calls), home)
+                alone = block(BlockInputs(before, calls), home)
             except FAILURES as error:
                 raise ValueError(f"{name} cannot be walked: block {block.index} fails on its own ({error}).") from error
             if not (same(alone, after) and same(alone, following)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.methods.capture import Batch, Block, hooks, to_device, trace, walkable_blocks
+from common.methods.capture import Block, BlockInputs, hooks, to_device, trace, walkable_blocks
 
 SAME = 1e-4  # of what a block adds to its input, in float32; a wrong fold changes it by more than a tenth
 
@@ -51,12 +51,12 @@ def find_folds(model: nn.Module, windows: Tensor) -> list[list[Fold]]:
     found = []
     for block, entered, kept in zip(walkable_blocks(model), traced.entered, traced.calls, strict=True):
         trial = Block(0, block.path, copy.deepcopy(block.module).float(), {})
-        batch = Batch(entered.float(), [to_device(kept, torch.float32, {})])
+        batch = BlockInputs(entered.float(), [to_device(kept, torch.float32, {})])
         found.append(_proven(trial, batch, block))
     return found
 
 
-def _proven(trial: Block, batch: Batch, block: Block) -> list[Fold]:
+def _proven(trial: Block, batch: BlockInputs, block: Block) -> list[Fold]:
     device = batch.hidden.device
     before, folds = trial(batch, device), []
     for fold in _candidates(trial, batch, block):
@@ -73,7 +73,7 @@ def _proven(trial: Block, batch: Batch, block: Block) -> list[Fold]:
     return folds
 
 
-def _candidates(trial: Block, batch: Batch, block: Block) -> Iterator[Fold]:
+def _candidates(trial: Block, batch: BlockInputs, block: Block) -> Iterator[Fold]:
     """What might be folded, likeliest first: each norm whose very output is read, each earlier layer of that width."""
     outputs: dict[str, Tensor] = {}  # of norms
     inputs: dict[str, Tensor] = {}  # of linear layers, in order of execution; kept, so that no memory is used twice

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from common.course.private import attention_of, set_attention
 from common.methods.blocks import decoder_blocks
 
 
@@ -54,7 +55,7 @@ def from_configuration(model: nn.Module, config=None) -> nn.Module:
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             config = type(config).from_pretrained(folder)
-        config._attn_implementation = model.config._attn_implementation
+        set_attention(config, attention_of(model.config))
         with torch.device("meta"):
             described = type(model)(config).eval()
     except Exception as error:  # whatever a family makes of a configuration that it cannot be
@@ -79,10 +80,8 @@ def from_configuration(model: nn.Module, config=None) -> nn.Module:
     for path in wanted:
         owner, _, attribute = path.rpartition(".")
         owner, mine = modules[owner], tensors[path].detach()
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(mine, requires_grad=False)
-        else:
-            owner._buffers[attribute] = mine
+        is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
+        setattr(owner, attribute, nn.Parameter(mine, requires_grad=False) if is_parameter else mine)
     return described
 
 

@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Linear, Stage, Statistic, by_statistic, iter_linears, walk
-from common.methods.compensation import BLOCK_COLUMNS, Hessian, compensate, finite, inverse_cholesky, naming
-from common.methods.requirements import require
+from common.methods.blocks import by_statistic, iter_linears, walk
+from common.methods.compensation import BLOCK_COLUMNS, Hessian, compensate, inverse_cholesky, naming
+from common.methods.importance import InputNorms, keep_highest, wanda_scores
+from common.methods.requirements import require_needs
+from common.methods.stages import Linear, Stage, Statistic
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -71,31 +73,8 @@ def check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity is the share of weights removed, 0 ≤ sparsity < 1; got {sparsity}.")
 
 
-class InputNorms:
-    """‖x_j‖₂ of every input channel j over all tokens: Wanda's statistic."""
-
-    def __init__(self, in_features: int, like: Tensor):
-        self.squares = torch.zeros(in_features, device=like.device)
-
-    def add(self, inputs: Tensor) -> None:
-        for chunk in inputs.split(4096):  # small enough to stay in a CPU's cache
-            self.squares += chunk.float().square().sum(0)
-
-    @property
-    def norms(self) -> Tensor:
-        """[in_features]"""
-        return finite(self.squares).sqrt()
-
-
 Choose = Callable[[Tensor, slice], Tensor]
 STATISTIC = {"wanda": InputNorms, "sparsegpt": Hessian}  # what each method wants to know of a layer's input
-
-
-def keep_highest(scores: Tensor, sparsity: float) -> Tensor:
-    """True for all but the lowest round(sparsity · n) of the n scores in each row; of equal scores the first go."""
-    order = scores.argsort(dim=-1, stable=True)
-    removed = order[..., : round(sparsity * scores.shape[-1])]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, removed, False)
 
 
 def _keep(scores: Tensor, config: PruneConfig, sparsity: float) -> Tensor:
@@ -105,11 +84,6 @@ def _keep(scores: Tensor, config: PruneConfig, sparsity: float) -> Tensor:
     if config.method == "wanda":
         return keep_highest(scores, sparsity)
     return keep_highest(scores.flatten(), sparsity).view_as(scores)
-
-
-def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
-    """|W_ij| · ‖x_j‖₂ [out, in]: what removing one weight changes at the output (Wanda, equation 1)."""
-    return weight.float().abs() * norms
 
 
 def sparsegpt(
@@ -236,7 +210,7 @@ def _prune_linears(linears: dict[str, Linear], statistic, config: PruneConfig, a
 
 def _prepare(model: nn.Module, config: PruneConfig, allocation: dict[str, float] | None) -> None:
     """Find what is wrong before minutes of work, not after."""
-    require(model, "weights")
+    require_needs(model, "weights")
     for name, linear in iter_linears(model):
         _check_width(config, linear.in_features, name)
     for sparsity in (allocation or {}).values():

@@ -17,11 +17,11 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from common.methods.blocks import Linear, Stage, by_statistic, iter_linears, walk
+from common.methods.blocks import by_statistic, iter_linears, walk
 from common.methods.compensation import Hessian, compensate, inverse_cholesky, naming
-from common.methods.requirements import require
-
-SHRINK_STEPS = torch.linspace(1.0, 0.5, 26).tolist()  # clipping candidates, as fractions of the full range
+from common.methods.grid import Grid, clipped_scale, nearest_codes
+from common.methods.requirements import require_needs
+from common.methods.stages import Linear, Stage
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,6 @@ class QuantizeConfig:
         parts = [method, f"w{self.bits}", groups, "sym" if self.sym else "asym"]
         parts += ["mse"] * self.mse + ["act"] * (self.desc_act and method == "gptq")
         return "-".join(parts)
-
-
-def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-    return (weight / scale + zero).round_().clamp_(0, max_code)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Scale and zero point of every group: both [out_features, groups], float32 with integer zeros."""
-
-    scale: Tensor
-    zero: Tensor
-    max_code: int
-
-    def encode(self, weight: Tensor, group) -> Tensor:
-        """Nearest codes for `weight`; `group` selects the group of each of its columns."""
-        return _nearest(weight, self.scale[:, group], self.zero[:, group], self.max_code)
-
-    def decode(self, codes: Tensor, group) -> Tensor:
-        return (codes - self.zero[:, group]) * self.scale[:, group]
 
 
 @dataclass(frozen=True)
@@ -129,21 +109,8 @@ def find_grid(weight: Tensor, config: QuantizeConfig, importance: Tensor | None 
     scale = scale.clamp(min=1e-7)  # a group of zeros; 1e-7 is a float16 number
     if config.mse:
         cost = torch.ones_like(w[:1]) if importance is None else importance.float().view(1, groups, -1)
-        scale = _clipped_scale(w, scale, zero, max_code, cost)
+        scale = clipped_scale(w, scale, zero, max_code, cost)
     return Grid(scale.squeeze(-1).half().float(), zero.squeeze(-1), max_code)
-
-
-def _clipped_scale(w: Tensor, scale: Tensor, zero: Tensor, max_code: int, cost: Tensor) -> Tensor:
-    """The multiple of `scale` with the lowest weighted squared error, chosen for each group."""
-    best_error, best_scale = torch.full_like(scale, torch.inf), scale
-    for shrink in SHRINK_STEPS:
-        candidate = scale * shrink
-        error = (w / candidate).add_(zero).round_().clamp_(0, max_code).sub_(zero).mul_(candidate).sub_(w)
-        error = error.square_().mul_(cost).sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, candidate, best_scale)
-    return best_scale
 
 
 def _pack(codes: Tensor, grid: Grid, config: QuantizeConfig) -> QuantizedWeight:
@@ -183,7 +150,7 @@ def _rounding(max_code: int) -> Callable[..., Tensor]:
     """What GPTQ replaces a column by [out]: the nearest points of its grid, and zero where `keep` is False."""
 
     def nearest(column: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None = None) -> Tensor:
-        rounded = (_nearest(column, scale, zero, max_code) - zero) * scale
+        rounded = (nearest_codes(column, scale, zero, max_code) - zero) * scale
         return rounded if keep is None else rounded * keep  # zero is a point of every grid: its code is the zero point
 
     return nearest
@@ -198,7 +165,7 @@ def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
 @torch.no_grad()
 def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
     """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
-    require(model, "weights")
+    require_needs(model, "weights")
     check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):

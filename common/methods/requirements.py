@@ -51,7 +51,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 }
 
 
-def require(model: nn.Module, step: str) -> None:
+def require_needs(model: nn.Module, step: str) -> None:
     """Raise ValueError, in one sentence, where `model` lacks what `step` (a key of NEEDS) needs."""
     for need in NEEDS[step]:
         if missing := need(model):

@@ -17,7 +17,7 @@ from common.methods.blocks import collect, iter_linears
 from common.methods.capture import PROOF_TOKENS, same, walkable_blocks
 from common.methods.compensation import finite, naming
 from common.methods.folding import find_folds
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
 
 
 class ChannelMaxima:
@@ -80,7 +80,7 @@ def smooth_model(model: nn.Module, windows: Tensor, alpha: float = 0.5, **walk_o
 def smoothquant_model(model: nn.Module, windows: Tensor, alpha: float = 0.5, **walk_options) -> None:
     """SmoothQuant W8A8 for every linear layer of the decoder blocks, in place: smooth, then round weights per output
     and, whenever the model runs, activations per token."""
-    require(model, "rounded activations")
+    require_needs(model, "rounded activations")
     smooth_model(model, windows, alpha, **walk_options)
     round_model(model)
 
@@ -91,7 +91,7 @@ def round_model(model: nn.Module) -> None:
 
     Raises ValueError where experts are fused: there is no layer whose input could be rounded.
     """
-    require(model, "rounded activations")
+    require_needs(model, "rounded activations")
     for _, linear in iter_linears(model):
         linear.weight.copy_(round_int8(linear.weight))
         linear.register_forward_pre_hook(lambda _, args: (round_int8(args[0]), *args[1:]))

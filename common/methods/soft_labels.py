@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.course.files import write_whole
+
 DESCRIPTION = "soft_labels.json"
 
 
@@ -145,6 +147,4 @@ def _read(folder: Path) -> dict:
 
 
 def _write(folder: Path, state: dict) -> None:
-    aside = folder / f"{DESCRIPTION}.new"
-    aside.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / DESCRIPTION)
+    write_whole(folder / DESCRIPTION, json.dumps(state, indent=2) + "\n")

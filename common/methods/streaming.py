@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common.methods.capture import Batch, Block, blocks_replaced, capture, decoder_blocks, stand_ins, trace
+from common.methods.capture import Block, BlockInputs, blocks_replaced, capture, decoder_blocks, stand_ins, trace
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Streamed:
             for ids, batch in zip(windows, batches, strict=True):
                 yield self._logits(ids.to(device), batch, extras)
 
-    def _logits(self, ids: Tensor, batch: Batch, extras: list[tuple]) -> Tensor:
+    def _logits(self, ids: Tensor, batch: BlockInputs, extras: list[tuple]) -> Tensor:
         """One pass of the model in which the blocks do nothing but hand on what they have computed before."""
 
         def forward(index, hidden, args, kwargs):

@@ -11,9 +11,10 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.methods.blocks import Statistic, decoder_blocks, iter_linears
+from common.methods.blocks import decoder_blocks, iter_linears
 from common.methods.layer_lists import keep_layers
 from common.methods.proofs import require_same_from_configuration
+from common.methods.stages import Statistic
 
 LAYER_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # of a module; families name it differently
 

@@ -1,4 +1,4 @@
-"""Training a student with `transformers.Trainer`: data, loss, validation, checkpoints, and a guard against NaN."""
+"""Training a student with `transformers.Trainer`: data, loss, validation and checkpoints."""
 
 import copy
 from collections.abc import Callable
@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common.course import artifacts
 from common.measure.cuda_graph import Body, graphed_body
 from common.measure.evaluation import Baseline, evaluate
+from common.methods.callbacks import FiniteGradients, Progress
 from common.methods.distillation import distillation_loss, last_relations, minilm_loss, require_relations
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.methods.output_head import output_head, require_output_head
@@ -91,9 +90,9 @@ class DistillationTrainer(Trainer):
             require_output_head(model)
             if objective.minilm:
                 require_relations(model)
-        datasets = {"train_dataset": data, "eval_dataset": valid}
+        given = {"train_dataset": data, "eval_dataset": valid, "callbacks": [FiniteGradients, Progress]}
         arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
-        super().__init__(student, arguments, data_collator=data.collate, callbacks=[Guard, Progress], **datasets)
+        super().__init__(student, arguments, data_collator=data.collate, **given)
         self.remove_callback(PrinterCallback)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against
@@ -166,38 +165,12 @@ class DistillationTrainer(Trainer):
         return metrics
 
 
-class Guard(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights, so that every checkpoint is good."""
+class OneCard(TrainingArguments):
+    """On a second card Trainer would wrap the model in DataParallel."""
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not torch.stack(norms).isfinite().all():
-            last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-            kept = f"The last good checkpoint is {Path(last).name}" if last else "There is no checkpoint yet"
-            raise FloatingPointError(
-                f"The loss or its gradient is NaN or infinite at step {state.global_step + 1}. {kept}. "
-                "Lower the learning rate, then resume."
-            )
-
-
-class Progress(TrainerCallback):
-    """One progress bar with the latest loss and validation perplexity."""
-
-    def __init__(self):
-        self.bar, self.shown = tqdm(disable=True), {}
-
-    def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=args.run_name, unit="step")
-
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        self.shown |= {name: f"{logs[name]:.3g}" for name in ("loss", "eval_perplexity") if name in logs}
-        self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
 
 
 def training_arguments(
@@ -214,7 +187,7 @@ def training_arguments(
     weight_decay: float = 0.1,
 ) -> TrainingArguments:
     """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
-    made = TrainingArguments(
+    return OneCard(
         output_dir=str(folder),
         run_name=name,
         max_steps=steps,
@@ -240,8 +213,6 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
-    made._n_gpu = min(made.n_gpu, 1)  # else a second card makes Trainer wrap the model in DataParallel
-    return made
 
 
 def history(trainer: Trainer, key: str) -> dict[int, float]:

@@ -23,7 +23,7 @@ from common.formats.gptq import load_dequantized
 from common.serving import logs
 from common.serving.api import Limits, create_app
 from common.serving.backend import HttpEngine
-from common.serving.connections import configure
+from common.serving.connections import uvicorn_config
 from common.serving.engine import TransformersEngine
 from common.serving.guard import LOOPBACK
 
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     logs.configure()
     print(f"Serving {engine.name} at http://{options.host}:{options.port}/v1", flush=True)
     app = create_app(engine, limits, api_key, tuple(options.hosts), options.docs)
-    uvicorn.Server(configure(app, limits, options.host, options.port)).run()
+    uvicorn.Server(uvicorn_config(app, limits, options.host, options.port)).run()
 
 
 if __name__ == "__main__":

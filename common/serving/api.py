@@ -12,15 +12,15 @@ from starlette.types import ASGIApp
 
 from common.serving.guard import ENDPOINTS, LOOPBACK, Guard
 from common.serving.schemas import ApiError, ChatRequest, CompletionRequest, invalid
-from common.serving.service import Limits, Service
+from common.serving.service import Engine, Limits, Service
 
 RETRY_AFTER = "1"  # seconds; a place in the queue becomes free whenever any answer ends
 
 
 def create_app(
-    engine, limits: Limits, api_key: str = "", hosts: tuple[str, ...] = LOOPBACK, docs: bool = False
+    engine: Engine, limits: Limits, api_key: str = "", hosts: tuple[str, ...] = LOOPBACK, docs: bool = False
 ) -> ASGIApp:
-    """The service. `engine` has name, start, stop, alive, ready, prepare and generate (see TransformersEngine).
+    """The service.
 
     hosts: the names that it may be called by, "*" for any. docs: FastAPI's pages about the service, at /docs.
     """

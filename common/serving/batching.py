@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from common.course.private import attention_of
+
 COLDEST = 1e-3  # below this temperature the most likely token is certain, and dividing by it overflows
 PROOF = ([1, 2, 3, 4, 5, 6, 7], [3, 1, 2])  # prompts of two lengths
 PROOF_TOKENS = 6
@@ -145,7 +147,7 @@ class Batch:
 
     def _as_attention_wants(self, mask: Tensor) -> Tensor:
         """Boolean, or as what is added to the scores where attention is computed by transformers' plain code."""
-        if self.model.config._attn_implementation != "eager":
+        if attention_of(self.model.config) != "eager":
             return mask
         dtype = self.model.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

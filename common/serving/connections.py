@@ -64,7 +64,7 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def configure(app, limits, host: str = "127.0.0.1", port: int = 8080) -> uvicorn.Config:
+def uvicorn_config(app, limits, host: str = "127.0.0.1", port: int = 8080) -> uvicorn.Config:
     """How uvicorn serves `app`."""
     return uvicorn.Config(
         app,

@@ -38,7 +38,7 @@ PROMPTS = [
 
 
 @dataclass(frozen=True)
-class Objective:
+class ServiceLevelObjective:
     """The service level objective: a request is good when its first token and its later tokens come in time."""
 
     ttft: float  # seconds to the first token
@@ -95,7 +95,7 @@ def run(
     levels: list[int],
     seconds: float,
     max_tokens: int,
-    objective: Objective,
+    objective: ServiceLevelObjective,
     api_key: str = "",
 ) -> LoadTest:
     """Load the service at `url` with each number of users in `levels` for `seconds`. Raises when Locust fails."""
@@ -138,7 +138,7 @@ def _watch(url: str, api_key: str, rows: list[dict], done: threading.Event) -> N
         rows.append({"time": time.time(), **scrape(url, api_key)})
 
 
-def summarize(requests: list[dict], begin: float, end: float, objective: Objective) -> dict[str, float]:
+def summarize(requests: list[dict], begin: float, end: float, objective: ServiceLevelObjective) -> dict[str, float]:
     """The figures of one level: requests that began in [begin, end), tokens that came in it."""
     mine = [r for r in requests if begin <= r["start"] < end]
     good = [r for r in mine if r["tokens"]]
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=settings.load_levels, help="numbers of users")
     parser.add_argument("--seconds", type=float, default=30, help="per level")
     options = parser.parse_args(arguments)
-    objective = Objective(settings.slo_ttft_ms / 1e3, settings.slo_tpot_ms / 1e3)
+    objective = ServiceLevelObjective(settings.slo_ttft_ms / 1e3, settings.slo_tpot_ms / 1e3)
     request = {"levels": options.levels, "seconds": options.seconds, "max_tokens": settings.load_tokens}
     if options.url:
         key = os.environ.get("COURSE_API_KEY", "")

@@ -16,7 +16,7 @@ PLAN = json.loads(os.environ["LOAD_PLAN"])
 OUTPUT = open(PLAN["output"], "a", buffering=1)  # noqa: SIM115 - open for the life of the process
 
 
-def write(**line) -> None:
+def log_line(**line) -> None:
     OUTPUT.write(json.dumps(line) + "\n")
 
 
@@ -29,7 +29,7 @@ class Steps(LoadTestShape):
         step = int(self.get_run_time() // PLAN["seconds"])
         if step > self.step:
             self.step = step
-            write(step=step, time=time.time())
+            log_line(step=step, time=time.time())
         if step == len(PLAN["levels"]):
             return None
         return PLAN["levels"][step], 100  # users, and how many may start per second
@@ -57,6 +57,6 @@ class Client(HttpUser):
                     arrivals.append(time.time() - start)
             if not tokens:
                 answer.failure(f"status {answer.status_code}")
-            write(start=start, status=answer.status_code, arrivals=arrivals, tokens=tokens)
+            log_line(start=start, status=answer.status_code, arrivals=arrivals, tokens=tokens)
         if answer.status_code == 429:
             gevent.sleep(float(answer.headers["Retry-After"]))

@@ -20,5 +20,5 @@ def serve(model: str = "embedded", *options: str, api_key: str = "") -> Iterator
     command = [sys.executable, "-m", "common.serving", "--model", model, "--port", str(port), *options]
     log = work_folder() / "logs" / f"serving-{port}.log"
     key = {"COURSE_API_KEY": api_key}
-    with processes.serve(command, health=f"{url}/health/ready", log=log, name="The service", environment=key):
+    with processes.serve_command(command, health=f"{url}/health/ready", log=log, name="The service", environment=key):
         yield url

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import fastapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -15,6 +16,8 @@ from starlette.exceptions import HTTPException
 from common.serving.metrics import Metrics
 from common.serving.queueing import Gate
 from common.serving.schemas import AnswerShape, ApiError, Piece, Request, invalid
+
+Prepared = Any  # token ids, or the request to pass on: each engine's own
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,33 @@ class Limits:
     patience: float = 30.0  # seconds for a client to send its request, or to take what was sent to it
 
 
+class Engine(Protocol):
+    """What computes the answers: a model in this process (`TransformersEngine`) or another server (`HttpEngine`)."""
+
+    name: str  # of the model, as requests have it
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        """Called when every accepted request has been answered."""
+
+    def alive(self) -> bool:
+        """Whether it can work at all; otherwise only a new process helps."""
+
+    async def ready(self) -> bool:
+        """Whether it can take a request now."""
+
+    async def prepare(self, body: Request) -> Prepared:
+        """What `generate` wants to have of a request. Raises ApiError (400) where it cannot be served."""
+
+    def generate(self, body: Request, prepared: Prepared, max_tokens: int) -> AsyncIterator[Piece]:
+        """The answer, piece by piece, the last one with a finish_reason. Closing the iterator ends the work."""
+
+
 class Service:
     """Takes requests through the queue to the engine and their answers back."""
 
-    def __init__(self, engine, limits: Limits):
+    def __init__(self, engine: Engine, limits: Limits):
         self.engine, self.limits, self.metrics = engine, limits, Metrics()
         self.gate = Gate(limits.slots, limits.queue, self.metrics)
 

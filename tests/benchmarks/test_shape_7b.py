@@ -15,9 +15,9 @@ from benchmarks.decode_kernels import (
     Kernel,
     TorchInt4,
     TritonInt4,
+    bytes_of_weights,
     bytes_per_step,
     use_kernel,
-    weight_bytes,
 )
 from benchmarks.shape_7b import Build, NotHere, Run, floor_seconds
 from common.course.settings import load_settings
@@ -294,16 +294,16 @@ def test_floor(make_llama):
 
 def test_a_tied_embedding_is_read_as_the_output_head(make_llama):
     model = make_llama()
-    assert bytes_per_step(model, 1, 0) == weight_bytes(model)
+    assert bytes_per_step(model, 1, 0) == bytes_of_weights(model)
 
 
 def test_packed_weights_count_as_they_are_kept(make_llama):
     """Four bits a weight, and for each group of 128 a scale of 16 bits and an offset of 16 bits."""
     model = make_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False).bfloat16()
-    before = weight_bytes(model)
+    before = bytes_of_weights(model)
     weights = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
     use_kernel(model, KERNELS["torch-int4"])
-    assert before - weight_bytes(model) == weights * 2 - weights // 2 - weights // 128 * 4
+    assert before - bytes_of_weights(model) == weights * 2 - weights // 2 - weights // 128 * 4
 
 
 def test_kernels_of_gptqmodel_are_where_we_look_for_them():

@@ -73,8 +73,8 @@ def test_dtype_follows_the_processor(no_gpu, monkeypatch):
         (True, False, torch.bfloat16),
         (False, True, torch.bfloat16),
     ]:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        able = {"avx512_bf16": avx, "amx_bf16": amx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert loaded.dtype == expected
 
 

@@ -12,7 +12,7 @@ import pytest
 from serving_tools import alive, wait_until, wait_until_gone
 
 from common.engines import processes
-from common.engines.processes import EngineDied, free_port, serve
+from common.engines.processes import EngineDied, free_port, serve_command
 
 # A server with a child of its own, as vLLM has; both write their process ids.
 SERVER = """
@@ -46,7 +46,7 @@ def pids(log: Path) -> list[int]:
 
 def test_answers_inside_the_block_and_is_gone_after_it(server):
     options = server()
-    with serve(**options):
+    with serve_command(**options):
         assert urllib.request.urlopen(options["health"]).read() == b"ok"
         running = pids(options["log"])
         assert all(map(alive, running))
@@ -55,7 +55,7 @@ def test_answers_inside_the_block_and_is_gone_after_it(server):
 
 def test_is_stopped_when_the_block_fails(server):
     options = server()
-    with pytest.raises(ZeroDivisionError), serve(**options):
+    with pytest.raises(ZeroDivisionError), serve_command(**options):
         running = pids(options["log"])
         raise ZeroDivisionError
     wait_until_gone(running)
@@ -79,8 +79,8 @@ def test_is_stopped_when_the_notebook_is_killed(server, death):
     options = server()
     notebook = f"""
 import pathlib, time
-from common.engines.processes import serve
-with serve({options["command"]!r}, health={options["health"]!r}, log=pathlib.Path({str(options["log"])!r})):
+from common.engines.processes import serve_command
+with serve_command({options["command"]!r}, health={options["health"]!r}, log=pathlib.Path({str(options["log"])!r})):
     print("up", flush=True)
     time.sleep(600)
 """
@@ -96,7 +96,7 @@ def test_a_server_that_ends_early_shows_its_log(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
     with (
         pytest.raises(EngineDied, match=r"The server ended with status 1.*\n.*no such model"),
-        serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log"),
+        serve_command(command, health="http://127.0.0.1:1/health", log=tmp_path / "log"),
     ):
         raise AssertionError("the block must not run")
 
@@ -104,7 +104,10 @@ def test_a_server_that_ends_early_shows_its_log(tmp_path):
 def test_a_server_that_dies_while_it_is_used_is_named(server):
     """What the block itself sees is only a connection that failed."""
     options = server()
-    with pytest.raises(EngineDied, match=r"vLLM crashed in its native code \(SIGSEGV\)"), serve(**options, name="vLLM"):
+    with (
+        pytest.raises(EngineDied, match=r"vLLM crashed in its native code \(SIGSEGV\)"),
+        serve_command(**options, name="vLLM"),
+    ):
         os.kill(pids(options["log"])[0], signal.SIGSEGV)
         urllib.request.urlopen(options["health"])
     wait_until_gone(pids(options["log"]))
@@ -119,7 +122,7 @@ def test_all_that_a_server_started_may_finish_its_work(server, tmp_path):
         "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(600)"
     )
     options = server(f"subprocess.Popen([sys.executable, '-c', {child!r}])")
-    with serve(**options):
+    with serve_command(**options):
         wait_until(lambda: "ready" in options["log"].read_text(), 10)
     assert saved.read_text() == "work"  # here, not some time later
 
@@ -128,7 +131,7 @@ def test_a_server_that_never_answers_times_out_and_is_stopped(tmp_path):
     command = [sys.executable, "-c", "import os, time; print('pids', os.getpid(), flush=True); time.sleep(600)"]
     with (
         pytest.raises(EngineDied, match=r"The server did not answer \S+ within 1 s"),
-        serve(command, health="http://127.0.0.1:1/health", log=tmp_path / "log", timeout=1),
+        serve_command(command, health="http://127.0.0.1:1/health", log=tmp_path / "log", timeout=1),
     ):
         raise AssertionError("the block must not run")
     wait_until_gone(pids(tmp_path / "log"))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from common.course.private import attention_of
 from common.measure.cuda_graph import Body, graphed_body
 
 IDS = torch.randint(256, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -48,4 +49,4 @@ def test_a_graph_computes_what_the_model_computes_also_after_an_update(llama, dt
                 for p, q in zip(model.parameters(), twin.parameters(), strict=True):
                     p.add_(0.01 * p.sign())
                     q.add_(0.01 * q.sign())
-    assert model.config._attn_implementation == twin.config._attn_implementation
+    assert attention_of(model.config) == attention_of(twin.config)

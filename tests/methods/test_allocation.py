@@ -6,7 +6,8 @@ import torch
 
 from common.methods.allocation import block_of, by_importance, one_threshold, outlier_ratios, owl, total_sparsity
 from common.methods.blocks import collect, iter_linears
-from common.methods.pruning import InputNorms, PruneConfig, model_sparsity, prune_model, wanda_scores
+from common.methods.importance import InputNorms, wanda_scores
+from common.methods.pruning import PruneConfig, model_sparsity, prune_model
 
 
 def owl_reference(ratios: list[float], sparsity: float, span: float) -> np.ndarray:

@@ -10,9 +10,10 @@ from torch import nn
 from common.methods.blocks import FEW_TOKENS, collect, iter_linears, walk
 from common.methods.compensation import Hessian
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
-from common.methods.pruning import InputNorms, PruneConfig, model_sparsity, prune_model
+from common.methods.importance import InputNorms
+from common.methods.pruning import PruneConfig, model_sparsity, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model, rtn
-from common.methods.requirements import require
+from common.methods.requirements import require_needs
 
 CONFIG = QuantizeConfig(bits=4, group_size=32, mse=False)
 
@@ -149,8 +150,8 @@ def test_few_tokens_tell_the_sizes_of_inputs_but_not_how_they_go_together(modula
 
 def test_a_format_that_stores_layers_refuses_fused_experts_by_name():
     with pytest.raises(ValueError, match=r"MixtralForCausalLM.*layer files.*experts\.0\.gate_up_proj is no nn.Linear"):
-        require(build("mixtral"), "layer files")
-    require(build("llama"), "layer files")
+        require_needs(build("mixtral"), "layer files")
+    require_needs(build("llama"), "layer files")
 
 
 def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
@@ -158,13 +159,13 @@ def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
     llama.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)
     for step in ("weights", "calibration"):
         with pytest.raises(ValueError, match=r"mlp\.up_proj is quantized already \(Linear\)"):
-            require(llama, step)
+            require_needs(llama, step)
 
 
 def test_a_large_parameter_in_an_unknown_layout_is_refused_by_name(llama):
     llama.model.layers[2].mlp.bank = nn.Parameter(torch.randn(8, 64, 64))
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.bank holds a large share"):
-        require(llama, "weights")
+        require_needs(llama, "weights")
 
 
 def test_the_pieces_are_views(llama):

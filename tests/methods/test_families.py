@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from common.methods.awq import awq_model
 from common.methods.blocks import collect, decoder_blocks, iter_linears
 from common.methods.compensation import Hessian, squared_error
-from common.methods.pruning import PruneConfig, keep_highest, prune_model
+from common.methods.importance import keep_highest
+from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model, rtn, rtn_model
 from common.methods.smoothquant import smooth_model, smoothquant_model
 from common.methods.streaming import Streamed

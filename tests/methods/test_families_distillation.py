@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.methods.blocks import collect, decoder_blocks
 from common.methods.distillation import kd_loss, last_relations, require_relations, student_from_teacher
-from common.methods.pruning import InputNorms
+from common.methods.importance import InputNorms
 from common.methods.structured import narrow_ffn
 from common.methods.training import DistillationTrainer, Objective, WindowDataset, save_student, training_arguments
 

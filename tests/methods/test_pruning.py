@@ -13,11 +13,10 @@ from torch import nn
 
 from common.methods.blocks import collect, iter_linears
 from common.methods.compensation import BLOCK_COLUMNS, Hessian, inverse_cholesky, output_error
+from common.methods.importance import InputNorms, keep_highest
 from common.methods.pruning import (
     METHODS,
-    InputNorms,
     PruneConfig,
-    keep_highest,
     model_sparsity,
     prune,
     prune_model,

@@ -5,7 +5,8 @@ import torch
 
 from common.methods.awq import awq_model
 from common.methods.compensation import Hessian, Unusable, inverse_cholesky
-from common.methods.pruning import InputNorms, PruneConfig, prune_model
+from common.methods.importance import InputNorms
+from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model, gptq_once, rtn_model
 from common.methods.smoothquant import ChannelMaxima, smooth_model
 

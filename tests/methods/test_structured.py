@@ -5,7 +5,7 @@ import torch
 from test_blocks import tiny
 
 from common.methods.blocks import collect
-from common.methods.pruning import InputNorms
+from common.methods.importance import InputNorms
 from common.methods.structured import block_influence, drop_blocks, narrow_ffn
 
 

@@ -18,7 +18,8 @@ from serving_tools import LIMITS, listening, make_engine
 from common.course.settings import ROOT, load_settings
 from common.measure import plots
 from common.serving import loadtest
-from common.serving.loadtest import LoadTest, Objective, histogram_quantile, scrape, summarize
+from common.serving.loadtest import LoadTest, histogram_quantile, scrape, summarize
+from common.serving.loadtest import ServiceLevelObjective as SLO
 from common.serving.metrics import SECONDS
 
 MONITORING = ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "monitoring"
@@ -40,7 +41,7 @@ def test_summary_of_known_requests():
     """Ten requests a second apart; every second one misses the SLO's first-token limit."""
     requests = [request(n, 0.5 if n % 2 else 0.1, 0.02, 11) for n in range(10)]
     requests += [request(3, 0, 0, 0, status=429), request(4, 0, 0, 0, status=500), request(20, 0.1, 0.1, 5)]
-    figures = summarize(requests, 0, 10, Objective(ttft=0.3, tpot=0.05))
+    figures = summarize(requests, 0, 10, SLO(ttft=0.3, tpot=0.05))
     assert (figures["answered"], figures["refused"], figures["failed"]) == (10, 1, 1)
     assert figures["tokens/s"] == pytest.approx(11)
     assert figures["goodput req/s"] == pytest.approx(0.5)
@@ -53,7 +54,7 @@ def test_summary_of_known_requests():
 
 def test_an_event_with_two_tokens_counts_twice():
     merged = request(0, 0.1, 0.1, 5) | {"tokens": 10}
-    assert summarize([merged], 0, 1, Objective(1, 1))["tokens/s"] == pytest.approx(10)
+    assert summarize([merged], 0, 1, SLO(1, 1))["tokens/s"] == pytest.approx(10)
 
 
 def test_knee_is_where_twice_the_users_bring_less_than_41_percent():
@@ -76,7 +77,13 @@ def test_load_test_of_a_running_service(llama, chatty):
     with listening(make_engine(llama, chatty, delay=0.005), api_key="k") as url:
         before = scrape(url, "k")
         test = loadtest.run(
-            url, "tiny", levels=[1, 4, 16], seconds=3, max_tokens=8, objective=Objective(0.2, 0.1), api_key="k"
+            url,
+            "tiny",
+            levels=[1, 4, 16],
+            seconds=3,
+            max_tokens=8,
+            objective=SLO(0.2, 0.1),
+            api_key="k",
         )
         after = scrape(url, "k")
     assert list(test.levels.index) == [1, 4, 16]
@@ -206,8 +213,8 @@ def test_histogram_quantile_by_hand():
 def test_only_tokens_that_came_within_the_level_count():
     """Four tokens from 0.5 s on, half a second apart: two of them come before the level ends at 1.25 s."""
     late = request(0, 0.5, 0.5, 4)
-    assert summarize([late], 0, 1.25, Objective(1, 1))["tokens/s"] == pytest.approx(2 / 1.25)
-    assert summarize([late], 1.25, 2.25, Objective(1, 1))["tokens/s"] == pytest.approx(2)  # it began earlier
+    assert summarize([late], 0, 1.25, SLO(1, 1))["tokens/s"] == pytest.approx(2 / 1.25)
+    assert summarize([late], 1.25, 2.25, SLO(1, 1))["tokens/s"] == pytest.approx(2)  # it began earlier
 
 
 def test_a_request_is_good_when_its_first_and_its_later_tokens_come_in_time():
@@ -217,11 +224,11 @@ def test_a_request_is_good_when_its_first_and_its_later_tokens_come_in_time():
         request(0, 0.1, 0.1, 11),
         request(0, 0.5, 0.1, 11),
     ]
-    assert summarize(requests, 0, 10, Objective(ttft=0.3, tpot=0.05))["in SLO"] == pytest.approx(1 / 4)
+    assert summarize(requests, 0, 10, SLO(ttft=0.3, tpot=0.05))["in SLO"] == pytest.approx(1 / 4)
 
 
 def test_an_answer_of_one_token_has_no_later_ones():
-    figures = summarize([request(n, 0.1, 0, 1) for n in range(3)], 0, 10, Objective(ttft=0.3, tpot=0.05))
+    figures = summarize([request(n, 0.1, 0, 1) for n in range(3)], 0, 10, SLO(ttft=0.3, tpot=0.05))
     assert figures["TPOT P50 ms"] == 0
     assert figures["in SLO"] == 1
 
@@ -229,10 +236,10 @@ def test_an_answer_of_one_token_has_no_later_ones():
 @pytest.mark.parametrize(("q", "enough"), [(50, 3), (95, 20), (99, 100)])
 def test_no_percentile_of_too_few_requests(q, enough):
     for count in (enough - 1, enough):
-        figures = summarize([request(0, 0.1, 0.1, 2)] * count, 0, 1, Objective(1, 1))
+        figures = summarize([request(0, 0.1, 0.1, 2)] * count, 0, 1, SLO(1, 1))
         assert np.isnan(figures[f"TTFT P{q} ms"]) == (count < enough)
 
 
 def test_a_request_belongs_to_the_level_in_which_it_begins():
     requests = [request(begin, 0.1, 0.1, 2) for begin in (0, 5, 10)]
-    assert [summarize(requests, a, a + 5, Objective(1, 1))["answered"] for a in (0, 5, 10)] == [1, 1, 1]
+    assert [summarize(requests, a, a + 5, SLO(1, 1))["answered"] for a in (0, 5, 10)] == [1, 1, 1]

@@ -9,8 +9,10 @@ from theory_tools import WORKED, read, run_blocks
 from common.formats.sparse import csr_bytes, packed_bytes
 from common.methods.allocation import by_importance
 from common.methods.compensation import inverse_cholesky, output_error
-from common.methods.pruning import PruneConfig, keep_highest, prune, sparsegpt, wanda_scores
-from common.methods.quantization import Grid, QuantizeConfig, gptq
+from common.methods.grid import Grid
+from common.methods.importance import keep_highest, wanda_scores
+from common.methods.pruning import PruneConfig, prune, sparsegpt
+from common.methods.quantization import QuantizeConfig, gptq
 from tools.tables import committed
 
 NAME = "3.2-Pruning"

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from common.course.settings import ROOT
-from tools.documents import bibliography, check, quantities
+from tools.documents import bibliography, check, markdown, quantities
 from tools.documents import code as document_code
 from tools.documents.check import GUIDE, LAB_SECTIONS
-from tools.documents.markdown import Document, Finding, anchors, read, slug
+from tools.documents.document import Document, Finding, read
+from tools.documents.markdown import anchors, slug
 from tools.run import find_notebooks
 
 LAB = "# Lab 3.9: 名稱 - 副標\n\n" + "".join(f"## {n}. {title}\n\n文字\n\n" for n, title in enumerate(LAB_SECTIONS, 1))
@@ -285,3 +286,48 @@ def test_numbers_are_asked_for_in_readmes_and_theory_but_not_in_exercises(write)
         assert len(quantities.unsourced(write("快了 2.3 倍。", name))) == asked, name
     assert not quantities.unsourced(write("## 7. 練習\n\n一張卡快了 2.3 倍，要多久？\n"))
     assert quantities.unsourced(write("## 7. 練習\n\n文字\n\n## 8. 結論\n\n快了 2.3 倍。\n"))
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+MARKDOWN = """# 標題
+
+> ```python
+> x = "[a](gone.md)"
+> ```
+
+<!-- # 不是標題 [b](gone.md) -->
+
+段落裡的 `[c](gone.md)`，第二行的 [d](here.md) 與
+<a href="there.md">e</a>、\\`不是程式碼\\`。
+
+| 訊息 | 說明 |
+|---|---|
+| `one \\| two` | 三 |
+
+<!-- fragment: x -->
+```py
+y = 1
+```
+"""
+
+
+def test_markdown_is_read_as_a_renderer_does():
+    assert [(h.level, h.text) for h in markdown.headings(MARKDOWN)] == [(1, "標題")]
+    found = [(MARKDOWN.count("\n", 0, at) + 1, target) for at, _, target in markdown.links(MARKDOWN)]
+    assert found == [(9, "here.md"), (10, "there.md")]
+    blocks = [(MARKDOWN.count("\n", 0, at) + 1, code, part) for at, code, part in markdown.python_blocks(MARKDOWN)]
+    assert blocks == [(4, 'x = "[a](gone.md)"\n', False), (18, "y = 1\n", True)]
+    ((head, row),) = markdown.tables_of(MARKDOWN)
+    assert head.cells == ["訊息", "說明"]
+    assert (row.cells, row.text) == (["`one | two`", "三"], "| `one \\| two` | 三 |\n")
+    assert markdown.codes(row.cells[0]) == ["one | two"]
+
+
+def test_prose_is_what_is_no_code_no_comment_and_no_formula():
+    text = MARKDOWN + "\n公式 $x$ 與 ``有 ` 的程式碼``\n"
+    shown = markdown.prose(text)
+    assert len(shown) == len(text)
+    assert shown.count("\n") == text.count("\n")
+    assert not any(gone in shown for gone in ("gone.md", "不是標題", "one", "y = 1", "$x$", "有 ` 的"))
+    assert all(there in shown for there in ("# 標題", "[d](here.md)", "不是程式碼", "三", "公式"))

@@ -342,7 +342,7 @@ def test_another_layout_of_the_courses_packages_stales_nothing(copy, tmp_path):
 
 
 EDITS = [  # what is edited: a definition or a number, its file, and the edit; the page GPU錄製.md shows some more
-    ("common.methods.quantization.SHRINK_STEPS", "common/methods/quantization.py", "0.5, 26)", "0.5, 32)"),
+    ("common.methods.grid.SHRINK_STEPS", "common/methods/grid.py", "0.5, 26)", "0.5, 32)"),
     ("owl_span", "common/course/profiles.toml", '{ all = 0.04, doc = "OWL', '{ all = 0.08, doc = "OWL'),
 ]
 

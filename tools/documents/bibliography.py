@@ -8,7 +8,8 @@ from pathlib import Path
 import bibtexparser
 
 from common.course.settings import CHAPTER
-from tools.documents.markdown import Document, Finding, links
+from tools.documents.document import Document, Finding
+from tools.documents.markdown import links
 
 BIB = CHAPTER / "theory" / "references.bib"
 RENDERED = BIB.with_suffix(".md")

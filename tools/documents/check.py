@@ -20,25 +20,24 @@ from common.course.settings import ROOT
 from tools import tables
 from tools.documents import bibliography
 from tools.documents.code import failing_code, invented_messages, literals
+from tools.documents.document import Document, Finding, read
 from tools.documents.markdown import (
     COMMENT,
-    FENCE,
-    INLINE_CODE,
-    Document,
-    Finding,
     anchors,
-    blocks,
-    cells,
+    blanked,
     headings,
     links,
     prose,
-    read,
+    tables_of,
     without,
+    without_blocks_of_code,
+    without_code_in_lines,
 )
 from tools.documents.quantities import misquoted, unsourced
 from tools.run import find_notebooks
 
 GUIDE = ROOT / "WRITING_STYLE_GUIDE.md"
+GLOSSARY = ["不用", "改用", "例外"]  # the head of its table
 LEAST_CHARACTERS = 5000  # of Chinese in a theory document
 
 LAB_SECTIONS = (
@@ -95,13 +94,13 @@ def missing_parts(titles: list[str]) -> list[str]:
 
 def structure(document: Document) -> list[Finding]:
     """A lab's README has its title and eleven sections; a theory document its title, introduction and parts."""
-    found = [(heading.start(), len(heading[1]), heading[2]) for heading in headings(document.text)]
+    found = [(heading.start, heading.level, heading.text) for heading in headings(document.text)]
     if is_lab(document):
         title_form, lacking = r"Lab 3\.\d: .+", missing_sections([title for _, level, title in found if level == 2])
     elif is_theory(document):
         title_form, lacking = r"第 3\.\d 章：.+ \(.+\)", missing_parts([t for _, level, t in found if level in (2, 3)])
         opening = document.text[: next((start for start, level, _ in found if level == 2), None)]
-        lacking += [] if HAN.search(re.sub("^#.*$", "", opening, flags=re.M)) else ["an introduction"]
+        lacking += [] if HAN.search(opening.partition("\n")[2]) else ["an introduction"]
     else:
         return []
     title = next((title for _, level, title in found if level == 1), "")
@@ -139,10 +138,9 @@ def glossary(guide: str) -> list[tuple[str, str, list[str]]]:
 
     Raises ValueError when the guide has no such table."""
     rules = []
-    for _, block in blocks(guide):
-        head, *rows = block.splitlines()
-        if head.startswith("|") and cells(head)[:3] == ["不用", "改用", "例外"]:
-            for wrong, right, exceptions in map(cells, rows[1:]):
+    for head, *rows in tables_of(guide):
+        if head.cells == GLOSSARY:
+            for wrong, right, exceptions in (row.cells for row in rows):
                 rules += [(term, right, [e for e in exceptions.split("、") if e]) for term in wrong.split("、")]
     if not rules:
         raise ValueError(f"{GUIDE.name} has no table «| 不用 | 改用 | 例外 |».")
@@ -151,9 +149,10 @@ def glossary(guide: str) -> list[tuple[str, str, list[str]]]:
 
 def terms(document: Document, rules: list[tuple[str, str, list[str]]]) -> list[Finding]:
     """Words of the guide's table that Taiwan does not use, and simplified characters (those that Big5 lacks)."""
-    text = without(document.text, COMMENT, INLINE_CODE)
+    text = without(without_code_in_lines(document.text), COMMENT)
     if document.path == GUIDE:
-        text = re.sub(r"^\| 不用 \|.*?\n\n", lambda table: re.sub(r"[^\n]", " ", table[0]), text, flags=re.M | re.S)
+        own = [rows for rows in tables_of(document.text) if rows[0].cells == GLOSSARY]
+        text = blanked(text, [(row.start, row.start + len(row.text)) for rows in own for row in rows])
     findings = []
     for wrong, right, exceptions in rules:
         for match in re.finditer(re.escape(wrong), re.sub("|".join(map(re.escape, exceptions)) or r"$^", blank, text)):
@@ -181,15 +180,16 @@ def spacing(document: Document) -> list[Finding]:
 
 def unwanted(document: Document) -> list[Finding]:
     """Paths of somebody's machine, notes to oneself, emoji beyond the nine signposts."""
-    found = [*UNWANTED.finditer(without(document.text, INLINE_CODE)), *EMOJI.finditer(document.text)]
+    found = [*UNWANTED.finditer(without_code_in_lines(document.text)), *EMOJI.finditer(document.text)]
     return [document.finding(match.start(), f"unwanted: {match[0]}") for match in found]
 
 
 def stale_regions(document: Document) -> list[Finding]:
     """Results regions show what the committed records say, name a table, and are closed."""
     text = document.text
-    opened = list(re.finditer(r"^<!-- results:([\w-]+) -->$", without(text, FENCE), re.M))
-    closed = len(re.findall(r"^<!-- /results -->$", without(text, FENCE), re.M))
+    outside = without_blocks_of_code(text)
+    opened = list(re.finditer(r"^<!-- results:([\w-]+) -->$", outside, re.M))
+    closed = len(re.findall(r"^<!-- /results -->$", outside, re.M))
     if len(opened) != closed:
         return [document.finding(0, f"region: {len(opened)} results regions are opened and {closed} closed")]
     try:

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Iterator
 
 from common.course.settings import ROOT
-from tools.documents.markdown import Document, Finding, cells, python_blocks, sections
+from tools.documents.document import Document, Finding
+from tools.documents.markdown import codes, python_blocks, sections, tables_of
 from tools.run import find_notebooks
 
 MARGIN = " '\".,:;()"
@@ -66,9 +67,8 @@ def invented_messages(document: Document, code: str) -> list[Finding]:
     """
     findings = []
     for start, section in sections(document.text, "故障"):
-        for row in re.finditer(r"^\|.*$", section, re.M):
-            first = cells(row[0])[0]
-            for message in re.findall(r"`([^`]+)`", "" if "的訊息）" in first else first):
-                if any(part not in code for part in fixed_parts(message.replace("\\|", "|"), code)):
-                    findings.append(document.finding(start + row.start(), f"message: no code says «{message}»"))
+        for row in (row for rows in tables_of(section) for row in rows):
+            for message in [] if "的訊息）" in row.cells[0] else codes(row.cells[0]):
+                if any(part not in code for part in fixed_parts(message, code)):
+                    findings.append(document.finding(start + row.start, f"message: no code says «{message}»"))
     return findings

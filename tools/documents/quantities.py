@@ -6,7 +6,8 @@ WRITING_STYLE_GUIDE.md, section 5, states the rule for writers.
 import re
 from collections.abc import Iterator
 
-from tools.documents.markdown import REGION, Document, Finding, blocks, cells, headings, prose, sections, without
+from tools.documents.document import Document, Finding
+from tools.documents.markdown import REGION, blocks, headings, prose, sections, tables_of, without
 
 QUANTITY = re.compile(
     r"(?<![\w.,–-])\d[\d,.]*(?:[–~]\d[\d,.]*)? ?"
@@ -39,12 +40,12 @@ def statements(text: str) -> Iterator[tuple[int, str, str]]:
     opening = ""
     for position, block in blocks(text):
         lines = block.splitlines(keepends=True)
-        if lines[0].lstrip("> ").startswith("|"):
-            head = cells(lines[0])
-            for line in lines:
-                given = [cell for title, cell in zip(head, cells(line), strict=False) if HEAD_SOURCE.search(title)]
-                yield position, line, opening + ("來源" if any(given) else "")
-                position += len(line)
+        if rows := next(tables_of(block), []):
+            for row in rows:
+                given = [
+                    cell for title, cell in zip(rows[0].cells, row.cells, strict=False) if HEAD_SOURCE.search(title)
+                ]
+                yield position + row.start, row.text, opening + ("來源" if any(given) else "")
         elif any(ITEM.match(line) for line in lines):
             first = "" if ITEM.match(lines[0]) else lines[0]
             for item in re.findall(r"[^\n]+\n?(?:(?! *(?:[-*+]|\d+\.) )[^\n]+\n?)*", block):
@@ -106,7 +107,7 @@ def misquoted(document: Document) -> list[Finding]:
     raw = without(document.text, REGION)
     shown_text = prose(raw)
     held = [float(n.replace(",", "")) for region in REGION.findall(document.text) for n in NUMBER.findall(region)]
-    numbered = {heading[2].split()[0] for heading in headings(document.text)}
+    numbered = {heading.text.split()[0] for heading in headings(document.text)}
     findings = []
     for start, sentence, statement, support in sentences(raw):
         about_tables = OWN_TABLES.search(support + statement)

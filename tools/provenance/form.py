@@ -9,16 +9,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tools.provenance.tree import PACKAGES, Definition, Imported, Module, Tree, imports, is_text
+from tools.provenance.scope import COMPREHENSIONS, FUNCTIONS, LOCAL, Scope, locals_of
+from tools.provenance.tree import PACKAGES, Definition, Imported, Module, Tree, is_text
 
-FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 MESSAGES = ("print", "warn", "warning", "info", "debug")  # their words are no numbers
 IGNORED = {"ctx", "kind", "type_comment", "type_ignores", "lineno", "annotation", "returns"}
 COMMAND = re.compile(r"-m ([A-Za-z_]\w*(?:\.\w+)+)")
-LOCAL = None
-
-Scope = dict[str, list[Definition | Imported] | None]
 Target = Definition | Module
 
 
@@ -213,7 +209,7 @@ class Reader:
         before = self.keep_annotations, self.in_class
         self.keep_annotations = any(self.registered(d) for d in getattr(node, "decorator_list", []))
         self.in_class = False
-        text = self.scoped(node, _locals(node))
+        text = self.scoped(node, locals_of(node))
         self.keep_annotations, self.in_class = before
         return text
 
@@ -239,27 +235,3 @@ class Reader:
         text = self.plain(node)
         self.in_settings, self.keep_annotations, self.in_class = before
         return text
-
-
-def _locals(function: FUNCTIONS) -> Scope:
-    """Names that a function binds: arguments, assignments, imports; those of functions within it are theirs."""
-    arguments = function.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    scope: Scope = {argument.arg: LOCAL for argument in every if argument}
-    waiting = list(function.body) if isinstance(function.body, list) else []
-    elsewhere: set[str] = set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            scope |= {name: [target] for name, target in imports(node).items()}
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            scope[node.name] = LOCAL
-        elif isinstance(node, ast.Global | ast.Nonlocal):
-            elsewhere |= set(node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            scope.setdefault(node.id, LOCAL)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            scope[node.name] = LOCAL
-        if not isinstance(node, FUNCTIONS | ast.ClassDef | COMPREHENSIONS):
-            waiting += ast.iter_child_nodes(node)
-    return {name: bound for name, bound in scope.items() if name not in elsewhere}

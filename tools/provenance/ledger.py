@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.course.files import write_whole
 from tools.provenance.fingerprint import changes, code_of, find_notebook, parts, read_notebook
 
 FILE = Path(__file__).with_name("ledger.toml")
@@ -61,7 +62,7 @@ def load(file: Path = FILE) -> Ledger:
 
 
 def save(ledger: Ledger, file: Path = FILE) -> None:
-    """Write the ledger, aside first."""
+    """Write the ledger."""
     lines = [HEAD]
     for entry in ledger.accepted:
         lines += ["[[accepted]]", *(f"{name} = {_quoted(value)}" for name, value in vars(entry).items()), ""]
@@ -69,9 +70,7 @@ def save(ledger: Ledger, file: Path = FILE) -> None:
         plain = {name: value for name, value in vars(entry).items() if name != "what"}
         lines += ["[[waiting]]", *(f"{name} = {_quoted(value)}" for name, value in plain.items())]
         lines += ["what = [", *(f"    {_quoted(name)}," for name in entry.what), "]", ""]
-    aside = file.with_suffix(".new")
-    aside.write_text("\n".join(lines), encoding="utf-8")
-    aside.replace(file)
+    write_whole(file, "\n".join(lines))
 
 
 def _quoted(text: str) -> str:

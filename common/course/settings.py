@@ -46,10 +46,10 @@ class Settings:
     @property
     def dtype(self) -> torch.dtype:
         """bfloat16 where the processor computes in it (all recent GPUs, AVX512-BF16 or AMX CPUs), else float32."""
-        able = torch.cpu.get_capabilities()
-        if self.device.type == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16"):
+        if self.device.type == "cuda":
             return torch.bfloat16
-        return torch.float32
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
     @property
     def artifacts(self) -> Path:

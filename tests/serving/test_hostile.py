@@ -147,6 +147,7 @@ def test_an_engine_that_fails_again_and_again_is_not_ready_until_it_computes(lla
         assert text(complete(url)) == direct(llama, tokenizer, "hello", 20)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the SystemExit planted here
 def test_an_engine_without_its_thread_is_not_live(llama, tokenizer):
     engine = make_engine(llama, tokenizer)
 

@@ -17,7 +17,7 @@ from serving_tools import metric, wait_until
 from common.serving import serve
 
 SLOTS, QUEUE, TOKENS = 8, 16, 20
-OPTIONS = {"slots": SLOTS, "queue": QUEUE, "max-prompt": 100, "max-output": 100, "patience": 5, "timeout": 20}
+OPTIONS = {"slots": SLOTS, "queue": QUEUE, "max-prompt": 100, "max-output": 100, "timeout": 20}
 PROMPTS = [f"question {n}" for n in range(4)]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 HEAD += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"

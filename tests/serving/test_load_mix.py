@@ -82,7 +82,11 @@ async def load(url, seconds, expected, roles) -> Counter:
     ("clients", "seconds", "rounds"), [(64, 2, 2), pytest.param(200, 30, 10, marks=pytest.mark.nightly)]
 )
 def test_honest_clients_among_others(folder, clients, seconds, rounds):
-    """In turns undisturbed, and with a quarter of other clients added: a machine that slows down slows both."""
+    """In turns undisturbed, and with a third of other clients added: a machine that slows down slows both.
+
+    What is kept is the service's work: the tokens that it computes. Of the honest answers far fewer come, since half of
+    the others ask, without a pause, for answers five times as long: first come, first served, and shares are the proxy's.
+    """
     crowd, others = [honest] * (clients * 3 // 4), [malformed, rude] * (clients // 8)
     undisturbed, disturbed = Counter(), Counter()
     with serve(folder, *(str(part) for name, value in OPTIONS.items() for part in (f"--{name}", value))) as url:

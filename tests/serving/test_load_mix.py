@@ -85,7 +85,7 @@ def test_honest_clients_among_others(folder, clients, seconds, rounds):
     """In turns undisturbed, and with a third of other clients added: a machine that slows down slows both.
 
     What is kept is the service's work: the tokens that it computes. Of the honest answers far fewer come, since half of
-    the others ask, without a pause, for answers five times as long: first come, first served, and shares are the proxy's.
+    the others ask, without a pause, for answers five times as long. First come, first served; shares are the proxy's.
     """
     crowd, others = [honest] * (clients * 3 // 4), [malformed, rude] * (clients // 8)
     undisturbed, disturbed = Counter(), Counter()

@@ -1,6 +1,7 @@
 # make labs      set up, run the notebooks on the embedded model, sum up
 # make check     set up, run what takes minutes: style, documents, unit tests; no engines, no notebooks
 # make test      set up, run all checks and tests
+# make nightly   set up, run what only the nightly run has time for: load, generated requests, fuzzing (45 minutes)
 # make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
 # make figures   set up, draw the figures of the theory documents again
 # make stale     which recordings no longer belong to their code, which edit made it so, and what waits in the ledger
@@ -34,7 +35,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record check test lint docs-check figures notebook loadtest doctor tables stale settle release-check map clean
+.PHONY: setup engines serve-env try-engines interop bench labs record check test nightly lint docs-check figures notebook loadtest doctor tables stale settle release-check map clean
 
 setup: .venv/.ready
 
@@ -108,12 +109,20 @@ record: setup $(ENGINES)
 	$(BIN)/python -m tools.tables render
 
 check: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not engines and not notebooks"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not engines and not notebooks and not nightly"
 
 # The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
 test: lint
 	@$(MAKE) --no-print-directory --jobs 2 engines serve-env
-	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest -m "not nightly"
+
+# What takes more minutes than a check may: the service under load, many generated requests, and inputs that a fuzzer
+# looks for (ten minutes for each of the two targets).
+nightly: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --color=no -m nightly
+	$(BIN)/python tests/fuzz_serving.py text -max_total_time=600
+	$(BIN)/python tests/fuzz_serving.py sse -max_total_time=600
 
 lint: setup
 	$(BIN)/ruff check .

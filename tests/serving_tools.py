@@ -1,12 +1,15 @@
 """For the service's tests: the tiny model behind real HTTP, in this process or in one of its own."""
 
+import os
 import threading
 import time
 from collections.abc import Collection
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 import torch
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +18,7 @@ from common.engines.processes import free_port
 from common.serving.api import Limits, create_app
 from common.serving.connections import uvicorn_config
 from common.serving.engine import TransformersEngine
+from tools import debian
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 LIMITS = Limits(slots=4, queue=8, max_prompt=100, max_output=120, max_bytes=20000, timeout=30)
@@ -27,6 +31,16 @@ def make_engine(model, tokenizer, limits=LIMITS, delay=0.0) -> TransformersEngin
     step = engine._batch.step
     engine._batch.step = lambda: (time.sleep(delay), step())
     return engine
+
+
+def distributed(package: str, name: str) -> Path:
+    """A program of the distribution. Where it cannot be had the test is skipped; in `make test` on Debian it fails."""
+    try:
+        return debian.program(package, name)
+    except debian.NotToBeHad as error:
+        if os.environ.get("COURSE_ENGINES") and debian.shutil.which("apt-get"):
+            raise
+        pytest.skip(str(error))
 
 
 @contextmanager

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 
 import httpx
 
+from common.serving import sse
 from common.serving.guard import LOOPBACK
 from common.serving.schemas import ApiError, ChatRequest, Piece, Request, invalid
 
 READY_SECONDS = 1.0
+# What reading an answer raises that is none.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 PATIENCE = httpx.Timeout(5.0, read=None)  # seconds to connect; how long an answer may take is the service's limit
 
 
@@ -47,7 +50,7 @@ class HttpEngine:
         try:
             answer = await self._client.get("/v1/models", timeout=2.0)
             return answer.status_code == 200 and self.name in [model["id"] for model in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError):
+        except (httpx.HTTPError, *UNREADABLE):
             return False
 
     async def prepare(self, body: Request) -> dict:
@@ -62,21 +65,19 @@ class HttpEngine:
             async with self._client.stream("POST", path, json=request | {"max_tokens": max_tokens}) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
-                async for piece in _pieces(answer.aiter_lines()):
+                async for piece in _pieces(answer.aiter_bytes()):
                     yield piece
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, *UNREADABLE) as error:
             raise ApiError(502, "The model server failed.", "server_error", code="backend") from error
 
 
-async def _pieces(lines: AsyncIterator[str]) -> AsyncIterator[Piece]:
+async def _pieces(body: AsyncIterator[bytes]) -> AsyncIterator[Piece]:
     """Pieces from server-sent events. The reason to finish is kept for the last event, which has the counts."""
     counted, reason = 0, None
-    async for line in lines:
-        if not line.startswith("data: "):
-            continue
-        if line == "data: [DONE]":
+    async for data in sse.read(body):
+        if data == "[DONE]":
             break
-        event = json.loads(line.removeprefix("data: "))
+        event = json.loads(data)
         if "error" in event:
             raise ValueError(event["error"])
         if event["choices"]:
@@ -84,10 +85,12 @@ async def _pieces(lines: AsyncIterator[str]) -> AsyncIterator[Piece]:
             text = choice["delta"].get("content") if "delta" in choice else choice["text"]
             reason = choice["finish_reason"] or reason
             if text:
+                text.encode()  # half a surrogate pair is no text
                 counted += 1  # servers send about one token an event; the exact count comes last
                 yield Piece(text, 0, counted)
         elif event.get("usage"):
-            yield Piece("", event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"], reason or "stop")
+            counts = [max(0, int(event["usage"][name])) for name in ("prompt_tokens", "completion_tokens")]
+            yield Piece("", *counts, reason or "stop")
             return
     raise ValueError("the stream ended early")
 
@@ -99,6 +102,7 @@ def _refusal(status: int, content: bytes) -> ApiError:
     try:
         answer = json.loads(content)
         message = answer.get("error", answer)["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        message.encode()
+    except UNREADABLE:
         message = "The model server refused the request."
     return invalid(message)

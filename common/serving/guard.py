@@ -2,9 +2,9 @@
 
 import hmac
 import logging
+import re
 import time
 import uuid
-from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEALTH = ("/health/live", "/health/ready")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::[0-9]{1,5})?")
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16384
 
@@ -88,8 +89,6 @@ class Guard:
 
 
 def _host(header: bytes) -> str:
-    """The name without the port: `localhost:8080`, `[::1]:8080`."""
-    try:
-        return urlsplit(b"//" + header).hostname.decode()
-    except (ValueError, AttributeError):
-        return ""
+    """The name without the port: `localhost:8080`, `[::1]:8080`; nothing for what is neither."""
+    found = HOST.fullmatch(header.decode("latin-1").lower())
+    return (found["v6"] or found["name"]) if found else ""

@@ -43,7 +43,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
@@ -93,7 +93,7 @@ class GenerationRequest(Strict):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)  # else a body of 64 kB earns 40,000 errors
     logprobs: Literal[False] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name for max_tokens
 

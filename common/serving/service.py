@@ -1,7 +1,6 @@
 """One request's way: checked, through the queue to the engine, and its answer back, whole or as a stream."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
+from common.serving import sse
 from common.serving.metrics import Metrics
 from common.serving.queueing import Gate
 from common.serving.schemas import AnswerShape, ApiError, Piece, Request, invalid
@@ -94,7 +94,7 @@ class Service:
                     if not first:
                         first = time.perf_counter()
                         self.metrics.first_token.observe(first - start)
-                    self.metrics.generated_tokens.inc(piece.completion_tokens - counted)
+                    self.metrics.generated_tokens.inc(max(0, piece.completion_tokens - counted))
                     counted = piece.completion_tokens
                     yield piece
                     if piece.finish_reason:
@@ -129,17 +129,17 @@ class Service:
     ) -> AsyncIterator[str]:
         """Server-sent events, the last one `[DONE]`. An error that comes later than the status is an event too."""
         async with aclosing(rest):
-            yield _event(shape.chunk(first.text, first.finish_reason, first=True))
+            yield sse.event(shape.chunk(first.text, first.finish_reason, first=True))
             last = first
             try:
                 async for last in rest:
                     if last.text or last.finish_reason:
-                        yield _event(shape.chunk(last.text, last.finish_reason, first=False))
+                        yield sse.event(shape.chunk(last.text, last.finish_reason, first=False))
             except ApiError as error:
-                yield _event(error.body)
+                yield sse.event(error.body)
             else:
                 if wants_usage:
-                    yield _event(shape.usage_chunk(last.usage))
+                    yield sse.event(shape.usage_chunk(last.usage))
             yield "data: [DONE]\n\n"
 
     async def unless_gone(self, request: fastapi.Request, work: Coroutine):
@@ -192,7 +192,3 @@ async def _collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
 async def _disconnected(request: fastapi.Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(content: dict) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -4,13 +4,11 @@ import copy
 
 import httpx
 import pytest
+from fuzz_serving import check_text, make_syllables, streamed, until_stopped
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_tools import TEMPLATE, listening, make_engine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from common.serving.detokenize import Detokenizer
 from common.serving.prompts import Prompts
 from common.serving.schemas import ChatRequest, CompletionRequest
 
@@ -106,37 +104,9 @@ def test_an_answer_holds_no_control_tokens(family):
 # --- back to text ---
 
 
-@pytest.fixture(scope="session")
-def syllables() -> PreTrainedTokenizerFast:
-    """Tokens of one, two and three bytes, in all ways to cut a text of x, y, 結, 果 (E7 B5 90, E6 9E 9C) and a dot."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    symbols = list(byte_level.pre_tokenize_str("xy結果.")[0][0])
-    vocabulary = [*symbols, *(a + b for a in symbols for b in symbols)]
-    vocabulary += [a + b + c for a in symbols[:5] for b in symbols[:5] for c in symbols[:5]]
-    vocabulary = {symbol: n for n, symbol in enumerate(dict.fromkeys(vocabulary))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def streamed(tokenizer, tokens, stop) -> str:
-    """What a client gets of these tokens, one after the other."""
-    detokenizer, parts = Detokenizer(tokenizer, stop), []
-    for n in range(1, len(tokens) + 1):
-        parts.append(detokenizer.push(tokens[:n], last=n == len(tokens)))
-        if detokenizer.stopped:
-            break
-    return "".join(parts)
-
-
-def until_stopped(text: str, stop: list[str]) -> str:
-    """By definition, character by character: whichever stop string is complete first ends the text before it."""
-    for end in range(len(text) + 1):
-        complete = [s for s in stop if text[:end].endswith(s)]
-        if complete:
-            return text[: end - max(map(len, complete))]
-    return text
+@pytest.fixture(scope="session", params=["byte level", "byte fallback"])
+def syllables(request):
+    return make_syllables(fallback=request.param == "byte fallback")
 
 
 def test_the_beginning_of_a_stop_string_waits_for_an_unfinished_character(tokenizer):
@@ -152,18 +122,22 @@ def test_streamed_text_is_the_whole_text_cut_at_the_stop(syllables, data):
     """Any tokens, with characters cut anywhere or never finished, and any stop strings."""
     tokens = data.draw(st.lists(st.integers(0, len(syllables) - 1), min_size=1, max_size=12))
     stop = data.draw(st.lists(st.text("xy結果.\ufffd", min_size=1, max_size=4), max_size=3))
-    whole = Detokenizer(syllables, []).text(tokens)
-    assert streamed(syllables, tokens, stop) == until_stopped(whole, stop)
+    check_text(syllables, tokens, stop)
+
+
+@pytest.fixture(scope="session")
+def pieces_of_bytes():
+    return make_syllables()
 
 
 @given(
     text=st.text("xy結果.", min_size=1, max_size=10), stop=st.text("xy結果.", min_size=1, max_size=3), data=st.data()
 )
-def test_the_split_into_tokens_changes_nothing(syllables, text, stop, data):
-    symbols = "".join(syllables.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0])
-    vocabulary, tokens = syllables.get_vocab(), []
+def test_the_split_into_tokens_changes_nothing(pieces_of_bytes, text, stop, data):
+    symbols = "".join(pieces_of_bytes.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0])
+    vocabulary, tokens = pieces_of_bytes.get_vocab(), []
     while symbols:
         fitting = [n for n in (1, 2, 3) if len(symbols) >= n and symbols[:n] in vocabulary]
         length = data.draw(st.sampled_from(fitting))
         tokens, symbols = [*tokens, vocabulary[symbols[:length]]], symbols[length:]
-    assert streamed(syllables, tokens, [stop]) == until_stopped(text, [stop])
+    assert streamed(pieces_of_bytes, tokens, [stop]) == until_stopped(text, [stop])

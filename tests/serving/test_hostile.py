@@ -147,6 +147,7 @@ def test_an_engine_that_fails_again_and_again_is_not_ready_until_it_computes(lla
         assert text(complete(url)) == direct(llama, tokenizer, "hello", 20)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the SystemExit planted here
 def test_an_engine_without_its_thread_is_not_live(llama, tokenizer):
     engine = make_engine(llama, tokenizer)
 
@@ -298,3 +299,26 @@ def test_tokenizing_does_not_stop_the_event_loop(llama, tokenizer):
     assert refused.status_code == 400
     assert "The prompt has 1601 characters; at most 1600" in refused.json()["error"]["message"]
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+# --- bodies ---
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_can_read_the_refusal(llama, tokenizer, chunked):
+    """Bytes still on their way when a connection is closed would reset it, and the client would read no 413."""
+    content = b" " * 600_000
+    with listening(make_engine(llama, tokenizer)) as url:
+        for _ in range(5):
+            with connect(url) as client:
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                if chunked:
+                    client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+                    parts = [b"%x\r\n%s\r\n" % (100_000, content[:100_000])] * 6 + [b"0\r\n\r\n"]
+                else:
+                    client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content))
+                    parts = [content[n : n + 100_000] for n in range(0, len(content), 100_000)]
+                for part in parts:
+                    client.sendall(part)
+                    time.sleep(0.01)
+                assert client.recv(100).split()[1] == b"413"

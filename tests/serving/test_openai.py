@@ -6,9 +6,11 @@ import logging
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from serving_tools import listening, make_engine, wait_until
 
 from common.serving.logs import JsonFormatter
+from common.serving.schemas import ChatRequest
 
 
 @pytest.fixture
@@ -105,3 +107,13 @@ def test_a_failure_is_logged_with_its_traceback():
     line = json.loads(JsonFormatter().format(record))
     assert line["level"] == "ERROR"
     assert "MemoryError: planted" in line["exception"]
+
+
+@pytest.mark.parametrize(
+    "part", [{"messages": [{}] * 20_000}, {"messages": [{"role": "user", "content": [{}] * 20_000}]}]
+)
+def test_one_error_is_enough(part):
+    """Twenty thousand would take a quarter of a second of the event loop, and every other client's."""
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest(model="m", **part)
+    assert refused.value.error_count() < 10

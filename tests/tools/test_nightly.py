@@ -34,8 +34,8 @@ def test_workflows(file):
 
 def test_each_cron_runs_one_job_and_only_the_report_may_write():
     crons = [entry["cron"] for entry in NIGHTLY[True]["schedule"]]  # YAML 1.1 reads the key `on` as true
-    skipped = {job: re.findall(r"schedule != '(.*)'", JOBS[job]["if"]) for job in ("embedded", "llama")}
-    assert skipped == {"embedded": [crons[1]], "llama": [crons[0]]}
+    skipped = {job: re.findall(r"schedule != '(.*)'", JOBS[job]["if"]) for job in ("embedded", "llama", "service")}
+    assert skipped == {"embedded": [crons[1]], "llama": [crons[0]], "service": [crons[1]]}
     assert NIGHTLY["permissions"] == {"contents": "read"}
     assert {job: JOBS[job]["permissions"] for job in JOBS if "permissions" in JOBS[job]} == {
         "report": {"issues": "write"}
@@ -47,7 +47,7 @@ def commands(job: str) -> list[str]:
 
 
 def test_the_steps_name_what_exists():
-    text = "\n".join(commands("embedded") + commands("llama"))
+    text = "\n".join(commands("embedded") + commands("llama") + commands("service"))
     for target in sorted(set(re.findall(r"make (\w+)", text))):
         subprocess.run(["make", "-n", target, "NOTEBOOK=01"], cwd=ROOT, check=True, capture_output=True, timeout=60)
     modules = re.findall(r"python -m (tools\.\w+)", text)

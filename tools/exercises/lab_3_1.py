@@ -45,6 +45,7 @@ def correlated(tokens, features, rng):
 
 def output_error(weight, approximation, inputs):
     """Relative squared error at a layer's output."""
+    weight, approximation, inputs = weight.double(), approximation.double(), inputs.double()
     return (((approximation - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()).item()
 
 

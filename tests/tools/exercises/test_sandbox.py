@@ -71,6 +71,6 @@ def test_what_it_patches_is_patched_there_only():
 
 
 def test_it_holds_nothing_of_ours():
-    cell = "def f():\n    import gc, sys\n    texts = [x for x in gc.get_objects() if isinstance(x, dict)]\n"
+    cell = "def f():\n    import gc, sys\n    texts = [x for x in gc.get_objects() if type(x) is dict]\n"
     cell += "    return [any(d.get('SECRET') for d in texts), 'tools.exercises.master' in sys.modules]"
     assert run(cell) == [False, False]

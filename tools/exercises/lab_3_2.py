@@ -33,11 +33,11 @@ def gaussian(*shape, rng, scale=1.0):
     return torch.randn(*shape, generator=rng) * scale
 
 
-def correlated(tokens, features, rng):
-    """Inputs whose channels depend on one another and differ in size, as activations do."""
-    mixing = gaussian(features, features // 2, rng=rng)
+def correlated(tokens, features, rng, share=2):
+    """Inputs whose channels depend on one another and differ in size, as activations do; share: channels a cause."""
+    mixing = gaussian(features, features // share, rng=rng)
     sizes = torch.linspace(-1, 1, features).exp()[torch.randperm(features, generator=rng)]
-    return (gaussian(tokens, features // 2, rng=rng) @ mixing.T + 0.3 * gaussian(tokens, features, rng=rng)) * sizes
+    return (gaussian(tokens, features // share, rng=rng) @ mixing.T + 0.3 * gaussian(tokens, features, rng=rng)) * sizes
 
 
 def output_error(weight, approximation, inputs):
@@ -54,7 +54,7 @@ def a_mask(mask, shape):
 
 
 def a_network(rng, blocks=5, width=16):
-    sizes = torch.linspace(0.05, 0.4, blocks)[torch.randperm(blocks, generator=rng)]
+    sizes = torch.logspace(-1.7, -0.5, blocks)[torch.randperm(blocks, generator=rng)]
     return [gaussian(width, width, rng=rng, scale=size) for size in sizes], gaussian(50, width, rng=rng)
 
 
@@ -221,7 +221,7 @@ try_out(STUDENT, [nm_mask], best_of_every_group, freedom_is_worth_something)
 #
 # 遮罩已經選好了。由左到右，每一欄把遮罩說要走的權重歸零，造成的誤差由右邊的欄補償（和 GPTQ 同一個迴圈，只是「捨入」換成「歸零」）。H 的對角線先加上阻尼 `damp` × 對角線的平均。傳回新的權重。
 #
-# 期望：走的權重恰好是 0；輸出誤差不到只歸零不補償的 0.7 倍；和課程的 `sparsegpt` 相同。消融：H 是對角矩陣時，留下的權重一個也不動。
+# 期望：走的權重恰好是 0；輸出誤差不到只歸零不補償的 0.85 倍；和課程的 `sparsegpt` 相同。消融：H 是對角矩陣時，留下的權重一個也不動。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -250,7 +250,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, mask: Tensor, damp: float = 0.01)
 # %% test sparsegpt
 def a_layer(rng, rows=16, columns=32):
     """Inputs, weights, H and Wanda's mask."""
-    inputs, weight = correlated(300, columns, rng), gaussian(rows, columns, rng=rng)
+    inputs, weight = correlated(300, columns, rng, share=4), gaussian(rows, columns, rng=rng)
     mask = pruning.keep_highest(pruning.wanda_scores(weight, inputs.norm(dim=0)), 0.5)
     return inputs, weight, 2 / len(inputs) * inputs.T @ inputs, mask
 
@@ -275,12 +275,12 @@ def zeros_are_zero(sparsegpt, rng):
 
 @worth(3)
 def pays(sparsegpt, rng):
-    """The output error is less than 0.7 times that of the mask alone."""
-    inputs, weight, matrix, mask = a_layer(rng)
+    """The output error is less than 0.85 times that of the mask alone."""
+    inputs, weight, matrix, mask = a_layer(rng, rows=64)
     found = sparsegpt(weight, matrix, mask)
     assert (found[~mask] == 0).all(), "Some weight that should go is not zero."
     ratio = output_error(weight, found, inputs) / output_error(weight, weight * mask, inputs)
-    assert ratio < 0.7, f"It is {ratio:.2f} times."
+    assert ratio < 0.85, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 
 
@@ -623,7 +623,7 @@ def two_of_four(rng, rows=5, columns=32):
     for row in range(rows):
         for group in range(columns // 4):
             first, second = sorted(torch.randperm(4, generator=rng)[:2].tolist())
-            numbers = gaussian(2, rng=rng).bfloat16() + 3
+            numbers = (gaussian(2, rng=rng).abs() + 0.5).bfloat16()
             weight[row, 4 * group + first], weight[row, 4 * group + second] = numbers
             values.append(numbers)
             metadata[row, group // 2] += (first + 4 * second) * 16 ** (group % 2)

@@ -23,7 +23,7 @@ from nbformat import NotebookNode, v4
 
 from common.course.settings import CHAPTER, work_folder
 
-LABS = ("3.1", "3.2")
+LABS = ("3.1", "3.2", "3.3")
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # as nbgrader writes it
 HEAD = re.compile(r"^# %% (?P<kind>\w+) ?(?P<task>[\w-]+)?(?P<options>.*)$", re.M)
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)

@@ -87,7 +87,6 @@ def wanda_mask(weight, inputs, sparsity):
     },
     "sensitivity": {
         "one after the other": [
-            ("    return found", "    return found"),
             (
                 "        changed = ",
                 "        weights = [*weights[:i], pruned(weight, sparsity), *weights[i + 1 :]]\n        changed = ",

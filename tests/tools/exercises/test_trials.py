@@ -17,6 +17,18 @@ def test_faults_lose_points_and_correct_variants_keep_them(lab):
 
 
 @pytest.mark.parametrize("lab", master.LABS)
+def test_no_student_draws_inputs_on_which_the_solution_fails(lab, monkeypatch):
+    monkeypatch.setattr(trials, "WHO", [f"student {number}" for number in range(12)])
+    chosen, checker = master.load(lab), trials.Checker(master.load(lab))
+    for task in chosen.tasks.values():
+        assert trials.points(chosen, checker, task, task.solution) == task.points, task.name
+
+
+def test_the_table_is_that_of_the_last_run():
+    assert trials.write(check=True) == [], "run: .venv/bin/python -m tools.exercises trials"
+
+
+@pytest.mark.parametrize("lab", master.LABS)
 def test_every_task_has_five_faults_and_three_variants(lab):
     planted = importlib.import_module(f"tools.exercises.trials_{lab.replace('.', '_')}")
     names = list(master.load(lab).tasks)

@@ -14,6 +14,7 @@ from pathlib import Path
 from common.course.settings import ROOT, slug
 from common.measure.results import protocol_hash, read, write
 from tools import families, provenance
+from tools.exercises import trials
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
@@ -168,8 +169,8 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
     records, changed = committed(), []
 
     def fill(match: re.Match) -> str:
-        rendered = families.table() if match[2] == "families" else render_table(tables[match[2]], records)
-        return match[1] + rendered + match[3]
+        own = {"families": families.table, "exercises": trials.table}.get(match[2])
+        return match[1] + (own() if own else render_table(tables[match[2]], records)) + match[3]
 
     for document in documents:
         text = document.read_text(encoding="utf-8")

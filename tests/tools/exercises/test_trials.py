@@ -1,0 +1,42 @@
+"""The grader itself: planted faults lose points, correct answers written otherwise keep them all."""
+
+import importlib
+
+import pytest
+
+from tools.exercises import master, trials
+
+
+@pytest.mark.parametrize("lab", master.LABS)
+def test_faults_lose_points_and_correct_variants_keep_them(lab):
+    for name, outcome in trials.run(lab).items():
+        kept = [fault for fault, gained in outcome["faults"].items() if gained >= outcome["points"]]
+        lost = [variant for variant, gained in outcome["variants"].items() if gained < outcome["points"]]
+        assert not kept, f"{name}: not noticed"
+        assert not lost, f"{name}: correct, and marked down"
+
+
+@pytest.mark.parametrize("lab", master.LABS)
+def test_no_student_draws_inputs_on_which_the_solution_fails(lab, monkeypatch):
+    monkeypatch.setattr(trials, "WHO", [f"student {number}" for number in range(12)])
+    chosen, checker = master.load(lab), trials.Checker(master.load(lab))
+    for task in chosen.tasks.values():
+        assert trials.points(chosen, checker, task, task.solution) == task.points, task.name
+
+
+def test_the_table_is_that_of_the_last_run():
+    assert trials.write(check=True) == [], "run: .venv/bin/python -m tools.exercises trials"
+
+
+@pytest.mark.parametrize("lab", master.LABS)
+def test_every_task_has_five_faults_and_three_variants(lab):
+    planted = importlib.import_module(f"tools.exercises.trials_{lab.replace('.', '_')}")
+    names = list(master.load(lab).tasks)
+    assert list(planted.FAULTS) == list(planted.VARIANTS) == names
+    assert all(len(faults) >= 5 for faults in planted.FAULTS.values())
+    assert all(len(variants) >= 3 for variants in planted.VARIANTS.values())
+
+
+def test_a_change_that_changes_nothing_is_an_error():
+    with pytest.raises(ValueError, match="does not hold"):
+        trials.changed("return 1", [("return 2", "return 3")])

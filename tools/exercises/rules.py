@@ -1,0 +1,74 @@
+"""What an answer's cell may not hold, found by reading it: told by name before anything runs.
+
+This keeps honest people honest. What really guards the marks is that checks run in a process that never runs a line of
+the student's (`tools.exercises.sandbox`).
+"""
+
+import ast
+
+MODULES = {"collections", "functools", "itertools", "math", "numpy", "torch", "typing"}
+OURS = {"common", "tools", "benchmarks"}
+CALLS = {
+    *("exit", "quit", "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "vars", "setattr"),
+    *("delattr", "__import__"),
+}
+ATTRIBUTES = {"grad", "requires_grad", "data"}  # those of a tensor that a training loop may set
+
+
+def broken(source: str, without: list[str] = ()) -> str:
+    """The first rule that a cell breaks, as a sentence; "" where it keeps them all.
+
+    without: names that this answer may not use, since they are the answer.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        return f"The cell is not Python: {error.msg}, line {error.lineno}."
+    for node in ast.walk(tree):
+        if said := _imports(node) or _calls(node) or _changes(node) or _uses(node, without):
+            return said
+    return ""
+
+
+def _imports(node: ast.AST) -> str:
+    names = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        names = [node.module or "."]
+    for name in names:
+        package = name.split(".")[0]
+        if package in OURS:
+            return f"The cell imports {name}: the answer is to be written by hand, not taken from the course's code."
+        if package not in MODULES:
+            return f"The cell imports {name}; allowed are {', '.join(sorted(MODULES))}."
+    return ""
+
+
+def _calls(node: ast.AST) -> str:
+    if isinstance(node, ast.Name) and node.id in CALLS:
+        return f"The cell uses {node.id}(), which no answer needs."
+    if isinstance(node, ast.Raise) and "SystemExit" in ast.dump(node):
+        return "The cell ends the program (SystemExit), which no answer needs."
+    return ""
+
+
+def _changes(node: ast.AST) -> str:
+    """Assignments to what others use too, such as `torch.allclose = ...`."""
+    if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+        return ""
+    targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+    for target in (part for whole in targets for part in ast.walk(whole)):
+        stored = isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store | ast.Del)
+        if stored and target.attr not in ATTRIBUTES and ast.unparse(target.value) != "self":
+            return f"The cell replaces {ast.unparse(target)}: it may change nothing but its own variables."
+    return ""
+
+
+def _uses(node: ast.AST, without: list[str]) -> str:
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    if name in without:
+        return f"The cell uses {name}, which is what this exercise is about: write it by hand."
+    if name.startswith("__") and name.endswith("__"):
+        return f"The cell uses {name}, which no answer needs."
+    return ""

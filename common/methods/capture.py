@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
+from common.methods.layer_lists import keep_layers
 
 FAILURES = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)  # of a model's code, called otherwise
 PROOF_TOKENS = 32  # of the first window: enough to leave no difference in the code that runs unseen
@@ -53,10 +54,7 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
     """A copy of `model` that ends after its first `count` blocks: small enough to study closely."""
     with blocks_replaced(model, decoder_blocks(model)[:count]):  # so that only these are copied
         shallow = copy.deepcopy(model)
-    config = shallow.config.get_text_config()
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):  # one per block, else transformers refuses to load what it saved
-        config.layer_types = config.layer_types[:count]
+    keep_layers(shallow.config.get_text_config(), list(range(count)))
     return shallow
 
 

@@ -77,7 +77,7 @@ OWN = {
         **{"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128},
         **{"attention_head_dim": 32, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 16},
     },
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "chunk_size": 16},  # 256 tokens take seconds on a CPU
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -153,6 +153,15 @@ def test_a_format_that_stores_layers_refuses_fused_experts_by_name():
     require(build("llama"), "layer files")
 
 
+@pytest.mark.parametrize("step", ["weights", "calibration", "rounded activations"])
+def test_a_matrix_that_two_blocks_share_is_refused_by_name(step, llama):
+    """As in Zamba 2: it would be changed twice, each time for the inputs of one place."""
+    require(llama, step)
+    llama.model.layers[2].mlp.up_proj = llama.model.layers[0].mlp.up_proj
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj is the same matrix as model\.layers\.0\.mlp\.up_pr"):
+        require(llama, step)
+
+
 def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
     weight = llama.model.layers[1].mlp.up_proj.weight
     llama.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)

@@ -1,6 +1,6 @@
 """Tiny random models with the embedded model's tokenizer and chat template, where students' models lie.
 
-`python tests/model_tools.py qwen3 folder` makes one by hand.
+By hand: `python tests/model_tools.py qwen3 folder`, or `... qwen3 cache tiny/qwen3-like` for a Hub id.
 """
 
 import hashlib
@@ -57,4 +57,5 @@ def write_cached(kind: str, repo: str, cache: Path, spec: str = "embedded-short"
 
 
 if __name__ == "__main__":
-    write_tiny(sys.argv[1], Path(sys.argv[2]))
+    kind, where, *repo = sys.argv[1:]
+    write_cached(kind, repo[0], Path(where)) if repo else write_tiny(kind, Path(where))

@@ -16,10 +16,10 @@ Need = Callable[[nn.Module], str | None]
 
 
 def known_layout(model: nn.Module) -> str | None:
-    """No large share of the weights sits in parameters that this course does not know how to read."""
+    """No linear layer and no large share of the weights is in a layout that this course does not know how to read."""
     for block in walkable_blocks(model):
         if names := left_out(block.module):
-            return f"{block.path}.{names[0]} holds a large share of its block's weights in a layout not known here"
+            return f"{block.path}.{names[0]} holds weights in a layout not known here"
     return None
 
 

@@ -48,7 +48,11 @@ OWN = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_v2": LATENT | {"topk_method": "greedy", "n_shared_experts": 1},
+    "deepseek_v2": LATENT
+    | {
+        **{"topk_method": "greedy", "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "n_routed_experts": 4,
+    },
     "falcon": {"head_dim": ...},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {

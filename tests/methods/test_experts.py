@@ -172,7 +172,22 @@ def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
 
 def test_a_large_parameter_in_an_unknown_layout_is_refused_by_name(llama):
     llama.model.layers[2].mlp.bank = nn.Parameter(torch.randn(8, 64, 64))
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.bank holds a large share"):
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.bank holds weights in a layout not known"):
+        require(llama, "weights")
+
+
+def test_a_linear_layer_that_multiplies_otherwise_is_refused_by_name_and_a_router_is_left_alone(llama):
+    """DeepSeek V4's multiplies groups of inputs by parts of one matrix; Llama 4's and PhiMoE's routers are layers."""
+
+    class GroupedLinear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flip(-1))
+
+    for kind in ("llama4_text", "phimoe"):
+        require(build(kind), "calibration")
+    grouped = GroupedLinear(8, 8)  # small: no large share of the block
+    llama.model.layers[1].mlp.grouped = grouped
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.grouped holds weights in a layout not known here"):
         require(llama, "weights")
 
 

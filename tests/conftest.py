@@ -25,9 +25,11 @@ VOCABULARY = 256
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
-    """Mark what llama.cpp is needed for as `engines`; skip what is marked `gpu` where there is none."""
+def pytest_collection_modifyitems(config, items):
+    """Mark what llama.cpp is needed for as `engines`; skip `gpu` without one, and `nightly` unless asked for."""
     for item in items:
+        if item.get_closest_marker("nightly") and "nightly" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="runs nightly: pytest -m nightly"))
         if any("llama.cpp" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
             item.add_marker("engines")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

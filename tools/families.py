@@ -9,15 +9,14 @@ RIGHT = "right"
 
 
 def table() -> str:
-    """A Markdown table: for each step the families that are refused by name; with the others it was right."""
+    """A Markdown table: in a row the families that the same steps refuse by name; all other steps are right."""
     recorded: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
-    refused: dict[tuple[str, ...], list[str]] = {}
-    for step in next(iter(recorded.values())):
-        names = tuple(sorted(family for family, steps in recorded.items() if steps[step] != RIGHT))
-        refused.setdefault(names, []).append(step)
-    lines = ["| 步驟 | 對的家族 | 以一句話拒絕的家族 |", "| --- | ---: | --- |"]
-    for names, steps in sorted(refused.items(), key=lambda item: len(item[0])):
-        lines.append(f"| {'、'.join(steps)} | {len(recorded) - len(names)} | {'、'.join(names) or '無'} |")
-    everything = "、".join(sorted(recorded))
-    source = f"試過的 {len(recorded)} 個家族（transformers 的名字）：{everything}。來源：`results/families.json`。"
+    steps, alike = list(next(iter(recorded.values()))), {}
+    for family, outcomes in sorted(recorded.items()):
+        refused = tuple(step for step in steps if outcomes[step] != RIGHT)
+        alike.setdefault(refused, []).append(family)
+    lines = ["| 以一句話拒絕的步驟 | 家族數 | 家族（transformers 的名字） |", "| --- | ---: | --- |"]
+    for refused, families in sorted(alike.items(), key=lambda item: (len(item[0]), -len(item[1]), item[0])):
+        lines.append(f"| {'、'.join(refused) or '沒有'} | {len(families)} | {'、'.join(families)} |")
+    source = f"{len(recorded)} 個家族，每個 {len(steps)} 個步驟：{'、'.join(steps)}。來源：`results/families.json`。"
     return "\n".join(lines) + f"\n\n*{source}*\n"

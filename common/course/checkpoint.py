@@ -2,13 +2,15 @@
 
 import copy
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 BESIDE = ("consolidated", "adapter", "sparse")  # Meta's and Mistral's originals, LoRA adapters, `formats.sparse`
 
@@ -94,6 +96,39 @@ def true_config(model: nn.Module):
     if config.tie_word_embeddings and _separate_head(model):
         _untie(config)
     return config
+
+
+def save_settings(path: Path, model: nn.Module) -> None:
+    """Write `config.json`, and the generation settings as they are.
+
+    Llama 2 was published with settings that transformers loads and refuses to save: it would refuse after the work.
+    """
+    true_config(model).save_pretrained(path)
+    if model.can_generate():
+        (path / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+
+
+@contextmanager
+def default_generation(model: nn.Module):
+    """Set the generation settings aside while `save_pretrained` runs, which refuses some."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """`save_pretrained`, whatever the generation settings, and `save_settings`."""
+    with default_generation(model):
+        model.save_pretrained(path)
+    save_settings(path, model)
+
+
+def generate_as_stored(model: nn.Module, folder: Path) -> None:
+    """Give a model that was built from tensors the generation settings of its folder, such as what ends an answer."""
+    if (Path(folder) / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def tensors_once(model: nn.Module) -> dict[str, torch.Tensor]:

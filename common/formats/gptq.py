@@ -22,17 +22,26 @@ from common.course import artifacts, checkpoint
 from common.formats import awq
 from common.formats.packing import WORD, pack_rows, unpack_rows
 from common.methods.blocks import iter_linears
+from common.methods.experts import Matrix
 from common.methods.quantization import QuantizeConfig, QuantizedWeight
+from common.methods.requirements import require_needs
 
 KEYS = ("qweight", "qzeros", "scales", "g_idx")
 OFFSET = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format → what a stored zero point lacks
 
 
-def check_packable(model: nn.Module) -> None:
-    """Raise ValueError that names the decoder layers whose sizes the format cannot hold: before the work, not after."""
+def check_packable(model: nn.Module, layers: Iterable[str] | None = None) -> None:
+    """Raise ValueError that names the layers which the format cannot hold: fused experts, and sizes that do not pack.
+
+    layers: names of decoder layers, by default all. Call it before the work; `save_gptq` would refuse after it.
+    """
+    linears = dict(iter_linears(model))
+    linears = linears if layers is None else {name: linears[name] for name in layers}
+    if any(isinstance(linear, Matrix) for linear in linears.values()):
+        require_needs(model, "layer files")
     odd = [
         f"{name} [{linear.out_features}, {linear.in_features}]"
-        for name, linear in iter_linears(model)
+        for name, linear in linears.items()
         if linear.out_features % WORD or linear.in_features % WORD
     ]
     if odd:
@@ -112,7 +121,9 @@ def save_gptq(
     """Save `model` with the layers named in `quantized` packed, everything else in 16 bits.
 
     A model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
+    Raises what `check_packable` raises.
     """
+    check_packable(model, quantized)
     config = next(iter(quantized.values())).config
     tensors = {}
     for name, value in checkpoint.tensors_once(model).items():
@@ -124,8 +135,7 @@ def save_gptq(
 
     def write(path: Path) -> None:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        checkpoint.true_config(model).save_pretrained(path)
-        model.generation_config.save_pretrained(path)
+        checkpoint.save_settings(path, model)
         tokenizer.save_pretrained(path)
         _add_quantization_config(path / "config.json", config, method)
 
@@ -191,6 +201,7 @@ def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
     unexpected = checkpoint.whole(model, info, str(folder))
     if unexpected:
         warnings.warn(f"{folder} holds tensors that are ignored: {checkpoint.some(unexpected)}.", stacklevel=2)
+    checkpoint.generate_as_stored(model, folder)
     return checkpoint.tie_as_stored(model).eval()
 
 
@@ -243,7 +254,7 @@ def save_dense(source: artifacts.Artifact, target: Path, dtype: torch.dtype) -> 
     """Save a checkpoint in GPTQ v1 format unpacked to `dtype`, for engines that have no 4-bit kernel here."""
 
     def write(path: Path) -> None:
-        load_dequantized(source.folder, dtype).save_pretrained(path)
+        checkpoint.save_model(path, load_dequantized(source.folder, dtype))
         AutoTokenizer.from_pretrained(source.folder).save_pretrained(path)
 
     settings = source.settings | {"dtype": str(dtype).removeprefix("torch.")}

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from common.course import artifacts, checkpoint
 from common.course.artifacts import Artifact
 from common.methods.blocks import iter_linears
+from common.methods.experts import Matrix
 
 WEIGHTS = "sparse.safetensors"  # not model.safetensors: others would load it without its linear layers
 
@@ -52,21 +53,25 @@ def csr_bytes(weight: Tensor) -> int:
     return values * (weight.element_size() + 4) + 4 * (len(weight) + 1)
 
 
+def _stored(linear: nn.Linear | Matrix) -> Tensor:
+    """The parameter that holds a matrix: one of its own, or that of all experts."""
+    return getattr(linear.owner, linear.parameter) if isinstance(linear, Matrix) else linear.weight
+
+
 def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, settings: dict, parent: str) -> Artifact:
-    """Save a pruned model: linear layers of the decoder blocks packed, everything else as it is."""
-    packed_layers = {name for name, _ in iter_linears(model)}  # refuses quantized weights: their zeros are codes
+    """Save a pruned model: the matrices of the decoder blocks packed, fused experts too, everything else as it is."""
+    # `iter_linears` refuses quantized weights: their zeros are codes.
+    matrices = {_stored(linear).data_ptr() for _, linear in iter_linears(model)}
     tensors = {}
     for name, tensor in checkpoint.tensors_once(model).items():
-        layer = name.removesuffix(".weight")
-        if layer in packed_layers and name.endswith(".weight"):
+        if tensor.data_ptr() in matrices and tensor.dim() > 1:
             tensors |= {f"{name}.{part}": value for part, value in pack(tensor).items()}
         else:
             tensors[name] = tensor.cpu().contiguous()
 
     def write(path: Path) -> None:
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        checkpoint.true_config(model).save_pretrained(path)
-        model.generation_config.save_pretrained(path)
+        checkpoint.save_settings(path, model)
         tokenizer.save_pretrained(path)
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -91,4 +96,5 @@ def load_sparse(folder: Path, dtype: torch.dtype) -> nn.Module:
     options = {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
     model, info = model_class.from_pretrained(None, **options)
     checkpoint.whole(model, info, str(folder))
+    checkpoint.generate_as_stored(model, folder)
     return checkpoint.tie_as_stored(model).eval()

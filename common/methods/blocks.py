@@ -31,6 +31,7 @@ from common.methods.capture import (
     trace,
     walkable_blocks,
 )
+from common.methods.compensation import naming
 from common.methods.experts import Matrix, block_linears, one_by_one
 from common.methods.requirements import require_needs
 from common.methods.stages import Linear, Stage, Statistic, find_stages, levels_of
@@ -89,7 +90,8 @@ class _Walk:
         if self.reduce is not None:
             self.reduce(seen.statistic)
         self.tokens |= dict.fromkeys(stage.named, seen.tokens)
-        enough = 2 * stage.in_features if hasattr(seen.statistic, "matrix") else FEW_TOKENS
+        with naming(stage.named):  # `hasattr` reads it
+            enough = 2 * stage.in_features if hasattr(seen.statistic, "matrix") else FEW_TOKENS
         if seen.tokens < min(enough, self.total):
             sizes = torch.ones(stage.in_features, device=self.device)
             if seen.tokens >= FEW_TOKENS:

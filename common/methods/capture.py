@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
+from common.methods.layer_lists import keep_layers
 
 FAILURES = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)  # of a model's code, called otherwise
 PROOF_TOKENS = 32  # of the first window: enough to leave no difference in the code that runs unseen
@@ -53,10 +54,7 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
     """A copy of `model` that ends after its first `count` blocks: small enough to study closely."""
     with blocks_replaced(model, decoder_blocks(model)[:count]):  # so that only these are copied
         shallow = copy.deepcopy(model)
-    config = shallow.config.get_text_config()
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):  # one per block, else transformers refuses to load what it saved
-        config.layer_types = config.layer_types[:count]
+    keep_layers(shallow.config.get_text_config(), list(range(count)))
     return shallow
 
 
@@ -140,7 +138,7 @@ def stand_ins(blocks: nn.ModuleList, forward):
             vars(block).pop("forward", None)
 
 
-def capture(model, windows: Tensor, batch_size: int, device, store, extras: list[tuple]) -> list[BlockInputs]:
+def capture(model, windows: Tensor, batch_size: int, device, store, extras: list[tuple | None]) -> list[BlockInputs]:
     """Run the part around the blocks (embedding, positions, masks) and keep what reaches them; they compute nothing.
 
     extras: what each block returns besides the hidden states (`Trace.extras`).
@@ -154,7 +152,7 @@ def capture(model, windows: Tensor, batch_size: int, device, store, extras: list
         captured[-1].calls.append((to_device(args, device, moved), to_device(kwargs, device, moved)))
         if index == len(blocks) - 1:
             raise Halt
-        return (hidden, *extras[index]) if extras[index] else hidden
+        return hidden if extras[index] is None else (hidden, *extras[index])
 
     home = model.get_input_embeddings().weight.device
     with stand_ins(blocks, forward):
@@ -179,7 +177,7 @@ class Trace:
 
     entered: list[Tensor]  # what each block was given
     calls: list[tuple[tuple, dict]]
-    extras: list[tuple]  # what each block returned besides the hidden states, without tensors
+    extras: list[tuple | None]  # what each block returned besides the hidden states, without tensors; None: no tuple
 
     @property
     def tokens(self) -> int:
@@ -209,7 +207,7 @@ def trace(model: nn.Module, windows: Tensor, blocks: list[Block] | None = None) 
         model(input_ids=ids.to(home), use_cache=False)
     if order != list(range(len(blocks))):
         raise ValueError(f"{name} does not call its {len(blocks)} blocks once each and in order: it cannot be walked.")
-    extras = [without_tensors(out[1:]) if isinstance(out, tuple | list) else () for out in left]
+    extras = [without_tensors(out[1:]) if isinstance(out, tuple | list) else None for out in left]
     left = [hidden_of(out).clone() for out in left]
     try:
         calls = capture(model, ids, 1, home, home, extras)[0].calls

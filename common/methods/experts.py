@@ -96,13 +96,19 @@ def _pieces(module: nn.Module) -> Iterator[tuple[str, Matrix]]:
 
 
 def left_out(block: nn.Module) -> list[str]:
-    """Parameters that hold a large share of a block's weights, and that no matrix covers: a layout not known here."""
-    covered = set()
-    for linear in block_linears(block).values():
+    """Weights that no matrix covers, in a layout not known here: a large share of a block, or any linear layer.
+
+    Layers that derive from `nn.Linear` and multiply otherwise: routers stay as they are, others (DeepSeek V4 multiplies
+    groups of inputs by parts of one matrix) would be forgotten.
+    """
+    covered, linears = set(), block_linears(block)
+    modules = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    others = [name for name, module in modules if name not in linears and "Router" not in type(module).__name__]
+    for linear in linears.values():
         covered.add(id(getattr(linear.owner, linear.parameter) if isinstance(linear, Matrix) else linear.weight))
     sizes = {name: (p, p.numel()) for name, p in block.named_parameters() if p.squeeze().dim() >= 2}
     total = sum(size for _, size in sizes.values())
-    return [name for name, (p, size) in sizes.items() if id(p) not in covered and size > TOO_LARGE * total]
+    return others + [name for name, (p, size) in sizes.items() if id(p) not in covered and size > TOO_LARGE * total]
 
 
 class _Products(TorchFunctionMode):

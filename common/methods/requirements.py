@@ -16,10 +16,10 @@ Need = Callable[[nn.Module], str | None]
 
 
 def known_layout(model: nn.Module) -> str | None:
-    """No large share of the weights sits in parameters that this course does not know how to read."""
+    """No linear layer and no large share of the weights is in a layout that this course does not know how to read."""
     for block in walkable_blocks(model):
         if names := left_out(block.module):
-            return f"{block.path}.{names[0]} holds a large share of its block's weights in a layout not known here"
+            return f"{block.path}.{names[0]} holds weights in a layout not known here"
     return None
 
 
@@ -33,6 +33,22 @@ def finite_weights(model: nn.Module) -> str | None:
     return None
 
 
+def matrices_of_one_block(model: nn.Module) -> str | None:
+    """No matrix belongs to two blocks: it would be changed twice, each time for the inputs of one of them."""
+    first: dict[int, str] = {}
+    for block in walkable_blocks(model):
+        own = {id(_parameter(linear)): f"{block.path}.{name}" for name, linear in block.linears.items()}
+        for parameter, name in own.items():
+            if parameter in first:
+                return f"{name} is the same matrix as {first[parameter]}"
+        first |= own
+    return None
+
+
+def _parameter(linear: nn.Linear | Matrix) -> nn.Parameter:
+    return getattr(linear.owner, linear.parameter) if isinstance(linear, Matrix) else linear.weight
+
+
 def layers_of_their_own(model: nn.Module) -> str | None:
     """Every matrix is the weight of an `nn.Linear`: what a file format stores, and where activations can be rounded."""
     for block in walkable_blocks(model):
@@ -42,11 +58,12 @@ def layers_of_their_own(model: nn.Module) -> str | None:
     return None
 
 
+EVERY_CHANGE = (known_layout, matrices_of_one_block, finite_weights)
 NEEDS: dict[str, tuple[Need, ...]] = {
-    "weights": (known_layout, finite_weights),  # RTN, magnitude
-    "calibration": (known_layout, finite_weights),  # GPTQ, AWQ, Wanda, SparseGPT: `walk`
-    "calibration by several processes": (layers_of_their_own, known_layout, finite_weights),  # experts' tokens differ
-    "rounded activations": (layers_of_their_own, known_layout, finite_weights),  # W8A8
+    "weights": EVERY_CHANGE,  # RTN, magnitude
+    "calibration": EVERY_CHANGE,  # GPTQ, AWQ, Wanda, SparseGPT: `walk`
+    "calibration by several processes": (layers_of_their_own, *EVERY_CHANGE),  # experts' tokens differ
+    "rounded activations": (layers_of_their_own, *EVERY_CHANGE),  # W8A8
     "layer files": (layers_of_their_own,),  # formats that store one layer under one name
 }
 

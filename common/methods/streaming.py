@@ -40,12 +40,12 @@ class Streamed:
             for ids, batch in zip(windows, batches, strict=True):
                 yield self._logits(ids.to(device), batch, extras)
 
-    def _logits(self, ids: Tensor, batch: BlockInputs, extras: list[tuple]) -> Tensor:
+    def _logits(self, ids: Tensor, batch: BlockInputs, extras: list[tuple | None]) -> Tensor:
         """One pass of the model in which the blocks do nothing but hand on what they have computed before."""
 
         def forward(index, hidden, args, kwargs):
             hidden = batch.hidden.to(ids.device)
-            return (hidden, *extras[index]) if extras[index] else hidden
+            return hidden if extras[index] is None else (hidden, *extras[index])
 
         with stand_ins(decoder_blocks(self.model), forward):
             return self.model(input_ids=ids[None], use_cache=False).logits[0]

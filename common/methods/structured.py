@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.methods.blocks import decoder_blocks, iter_linears
+from common.methods.capture import walkable_blocks
 from common.methods.layer_lists import keep_layers
 from common.methods.proofs import require_same_from_configuration
 from common.methods.stages import Statistic
@@ -51,6 +52,7 @@ def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
     Raises ValueError when it has no such block, or no other, and for families whose configuration cannot say it.
     """
     blocks = decoder_blocks(model)
+    walkable_blocks(model)  # refuses weights that are quantized already
     unknown = set(dropped) - set(range(len(blocks)))
     if unknown or len(set(dropped)) == len(blocks):
         raise ValueError(f"Cannot drop blocks {sorted(dropped)} of a model with blocks 0 to {len(blocks) - 1}.")

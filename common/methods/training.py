@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from common.course import artifacts
+from common.course import artifacts, checkpoint
 from common.measure.cuda_graph import Body, graphed_body
 from common.measure.evaluation import Baseline, evaluate
 from common.methods.callbacks import FiniteGradients, Progress
@@ -85,7 +85,6 @@ class DistillationTrainer(Trainer):
             )
         if objective.minilm and teacher is None:
             raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
-        require_saveable(student)
         for model in (student,) if teacher is None else (student, teacher):
             require_output_head(model)
             if objective.minilm:
@@ -109,6 +108,11 @@ class DistillationTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.bodies.clear()
+
+    def save_model(self, *args, **kwargs):
+        """A checkpoint to resume from, whatever the generation settings."""
+        with checkpoint.default_generation(self.model):
+            super().save_model(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """Mean loss over the batch's tokens that have a predecessor."""
@@ -220,17 +224,6 @@ def history(trainer: Trainer, key: str) -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
 
 
-def require_saveable(model: nn.Module) -> None:
-    """Raise ValueError when transformers would refuse to save the model's generation settings: it does so last."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:
-        raise ValueError(
-            f"The generation settings of {type(model).__name__} cannot be saved, so nothing made of it could be. "
-            f"Change model.generation_config first (sampling values need do_sample=True). transformers says: {error}"
-        ) from None
-
-
 def save_student(
     folder: Path, student: nn.Module, tokenizer, *, method: str, settings: dict, parent: str
 ) -> artifacts.Artifact:
@@ -238,13 +231,10 @@ def save_student(
 
     Raises ValueError, and saves nothing, when what would be loaded is another model.
     """
-    require_saveable(student)
 
     def write(path: Path) -> None:
         saved = copy.deepcopy(student).to("cpu", torch.bfloat16)
-        if saved.get_output_embeddings().weight is not saved.get_input_embeddings().weight:
-            saved.config.tie_word_embeddings = False  # else loaders may throw the head away
-        saved.save_pretrained(path)
+        checkpoint.save_model(path, saved)
         tokenizer.save_pretrained(path)
         require_same_when_loaded(path, student)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from benchmarks.compatibility import for_transformers_4
 from common.formats.gptq import (
+    check_packable,
     load_dequantized,
     pack_linear,
     pack_rows,
@@ -22,7 +24,9 @@ from common.formats.gptq import (
     unpack_linear,
     unpack_rows,
 )
+from common.methods.blocks import iter_linears
 from common.methods.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn, rtn_model
+from tests.methods.families import build
 
 
 def signed(word: int) -> int:
@@ -287,13 +291,48 @@ def test_groups_of_other_sizes(group_size):
     assert torch.equal(unpack_linear(tensors, 4), quantized.dequantize())
 
 
-def test_what_ends_an_answer_is_kept(make_llama, tokenizer, tmp_path):
+def test_generation_settings_are_kept_even_those_that_transformers_refuses_to_save(make_llama, tokenizer, tmp_path):
     """The embedded model's tokenizer names another eos than its generation config: without the latter it talks on."""
     model = make_llama()
     model.generation_config.eos_token_id = [7, 9]
-    save_gptq(tmp_path / "m", model, tokenizer, rtn_model(model, SMALL), method="rtn", parent="tiny")
-    content = json.loads((tmp_path / "m" / "generation_config.json").read_text(encoding="utf-8"))
-    assert content["eos_token_id"] == [7, 9]
+    model.generation_config.temperature = 0.9  # without do_sample, as Llama-2-chat was published
+    saved = save_gptq(tmp_path / "m", model, tokenizer, rtn_model(model, SMALL), method="rtn", parent="tiny")
+    dense = save_dense(saved, tmp_path / "dense", torch.float32)
+    for folder in (saved.folder, dense.folder):
+        content = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        assert (content["eos_token_id"], content["temperature"]) == ([7, 9], 0.9)
+        assert load_dequantized(folder, torch.float32).generation_config.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("mixtral", {}, r"MixtralForCausalLM .* \(layer files\): .*experts\.0\.gate_up_proj is no nn\.Linear"),
+        (
+            "llama",
+            {"head_dim": 20, "num_key_value_heads": 1},
+            r"layers\.0\.self_attn\.q_proj \[80, 64\].* and \d+ more",
+        ),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_before_the_work_and_by_save(kind, changes, said, tokenizer, tmp_path):
+    model = build(kind, **changes)
+    with pytest.raises(ValueError, match=said):
+        check_packable(model)
+    quantized = rtn_model(model, replace(SMALL, group_size=-1))
+    with pytest.raises(ValueError, match=said):
+        save_gptq(tmp_path / "m", model, tokenizer, quantized, method="rtn", parent="tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_do_not_pack_may_be_left_out(tokenizer, tmp_path, windows):
+    model = build("mixtral")
+    attention = {name: linear for name, linear in iter_linears(model) if "self_attn" in name}
+    quantized = {name: rtn(linear.weight.detach(), SMALL) for name, linear in attention.items()}
+    for name, linear in attention.items():
+        linear.weight.data = quantized[name].dequantize()
+    save_gptq(tmp_path / "m", model, tokenizer, quantized, method="rtn", parent="tiny")
+    assert torch.equal(load_dequantized(tmp_path / "m", torch.float32)(windows).logits, model(windows).logits)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(make_llama, tokenizer, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from common.course import artifacts
 from common.formats.sparse import WEIGHTS, csr_bytes, load_sparse, pack, packed_bytes, save_sparse, unpack
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, prune_model
+from tests.methods.families import build
 
 matrices = arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 19)), elements=st.sampled_from([0.0, 0.0, 1.5, -2.0, 1e-30])
@@ -102,6 +103,19 @@ def test_tokenizer_and_end_of_an_answer_are_kept(llama, tokenizer, tmp_path):
     content = json.loads((artifact.folder / "generation_config.json").read_text(encoding="utf-8"))
     assert content["eos_token_id"] == [7, 9]
     assert AutoTokenizer.from_pretrained(artifact.folder)("abc").input_ids == tokenizer("abc").input_ids
+
+
+def test_fused_experts_are_packed_too_and_settings_are_kept(tokenizer, tmp_path, windows):
+    model = build("mixtral")
+    model.generation_config.temperature = 0.9  # without do_sample: transformers loads it and refuses to save it
+    prune_model(model, None, PruneConfig("magnitude"))
+    artifact = save_sparse(tmp_path / "m", model, tokenizer, method="magnitude", settings={}, parent="original")
+    stored = load_file(artifact.folder / WEIGHTS)
+    assert "model.layers.0.mlp.experts.gate_up_proj.bitmask" in stored
+    assert "model.layers.0.mlp.experts.gate_up_proj" not in stored
+    again = load_sparse(artifact.folder, torch.float32)
+    assert torch.equal(again(windows).logits, model(windows).logits)
+    assert again.generation_config.temperature == 0.9
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_written(saved, tokenizer, tmp_path, monkeypatch):

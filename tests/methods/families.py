@@ -48,7 +48,11 @@ OWN = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_v2": LATENT | {"topk_method": "greedy", "n_shared_experts": 1},
+    "deepseek_v2": LATENT
+    | {
+        **{"topk_method": "greedy", "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "n_routed_experts": 4,
+    },
     "falcon": {"head_dim": ...},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {
@@ -77,7 +81,7 @@ OWN = {
         **{"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128},
         **{"attention_head_dim": 32, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 16},
     },
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "chunk_size": 16},  # 256 tokens take seconds on a CPU
     "zaya": {"num_experts_per_tok": 1},
 }
 

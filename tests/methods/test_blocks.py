@@ -5,6 +5,7 @@ import torch
 from families import build
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     Gemma3ForCausalLM,
@@ -17,8 +18,6 @@ from transformers import (
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -351,14 +350,15 @@ def test_first_blocks_are_a_model_that_ends_there(llama, windows):
     assert llama.model.layers[0].mlp.up_proj.weight.any()  # a copy
 
 
-def test_first_blocks_can_be_saved_where_the_config_lists_every_block(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
-    first_blocks(model, 2).save_pretrained(tmp_path)
-    again = Qwen3ForCausalLM.from_pretrained(tmp_path)
-    assert len(again.config.layer_types) == len(decoder_blocks(again)) == 2
-    assert len(model.config.layer_types) == 3
+@pytest.mark.parametrize("kind", ["qwen3", "smollm3", "llama4_text", "deepseek_v3", "gpt_neo"])
+def test_first_blocks_can_be_saved_where_the_config_lists_every_block(kind, tmp_path):
+    """Kinds of attention, layers without rotary positions, layers with experts, a count of dense ones, periods."""
+    model, ids = build(kind), torch.arange(3, 23)[None]
+    study = first_blocks(model, 3)
+    study.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(decoder_blocks(again)) == 3 and len(decoder_blocks(model)) == model.config.num_hidden_layers == 4
+    assert torch.equal(again(ids, use_cache=False).logits, study(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

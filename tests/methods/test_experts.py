@@ -154,6 +154,15 @@ def test_a_format_that_stores_layers_refuses_fused_experts_by_name():
     require_needs(build("llama"), "layer files")
 
 
+@pytest.mark.parametrize("step", ["weights", "calibration", "rounded activations"])
+def test_a_matrix_that_two_blocks_share_is_refused_by_name(step, llama):
+    """As in Zamba 2: it would be changed twice, each time for the inputs of one place."""
+    require_needs(llama, step)
+    llama.model.layers[2].mlp.up_proj = llama.model.layers[0].mlp.up_proj
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj is the same matrix as model\.layers\.0\.mlp\.up_pr"):
+        require_needs(llama, step)
+
+
 def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
     weight = llama.model.layers[1].mlp.up_proj.weight
     llama.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)
@@ -164,7 +173,22 @@ def test_a_layer_that_is_quantized_already_is_refused_by_name(llama):
 
 def test_a_large_parameter_in_an_unknown_layout_is_refused_by_name(llama):
     llama.model.layers[2].mlp.bank = nn.Parameter(torch.randn(8, 64, 64))
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.bank holds a large share"):
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.bank holds weights in a layout not known"):
+        require_needs(llama, "weights")
+
+
+def test_a_linear_layer_that_multiplies_otherwise_is_refused_by_name_and_a_router_is_left_alone(llama):
+    """DeepSeek V4's multiplies groups of inputs by parts of one matrix; Llama 4's and PhiMoE's routers are layers."""
+
+    class GroupedLinear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flip(-1))
+
+    for kind in ("llama4_text", "phimoe"):
+        require_needs(build(kind), "calibration")
+    grouped = GroupedLinear(8, 8)  # small: no large share of the block
+    llama.model.layers[1].mlp.grouped = grouped
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.grouped holds weights in a layout not known here"):
         require_needs(llama, "weights")
 
 

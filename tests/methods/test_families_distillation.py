@@ -132,7 +132,7 @@ def minilm(model) -> bool:
 
 @torch.no_grad()
 def shallower(model, tokenizer, folder) -> bool:
-    """The student is the teacher with two blocks skipped, and loads as what it is."""
+    """The student is the teacher with all blocks but two skipped, and loads as what it is."""
     student = student_from_teacher(model, [1, 3]).eval()
     mine = logits(student)
     handles = [
@@ -144,7 +144,8 @@ def shallower(model, tokenizer, folder) -> bool:
             ),
             with_kwargs=True,
         )
-        for index in (0, 2)
+        for index in range(len(decoder_blocks(model)))
+        if index not in (1, 3)
     ]
     skipped = logits(model)
     for handle in handles:

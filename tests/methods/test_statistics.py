@@ -34,6 +34,19 @@ def test_a_weight_that_is_no_number_is_named_before_the_first_change(step, value
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 
 
+@pytest.mark.parametrize("step", [step for step in STEPS if step not in ("rtn", "magnitude")])
+def test_an_activation_that_is_no_number_in_a_later_window_names_the_layer(step, llama, windows):
+    """One row of the embedding is infinite, and its token comes late: no weight of a block and no proof shows it."""
+    windows[windows == 7] = 8
+    windows[3, 5] = 7
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[7] = float("inf")
+    before = {name: parameter.clone() for name, parameter in llama.named_parameters()}
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: 64 of its 64 inputs were NaN or inf"):
+        STEPS[step](llama, windows)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in llama.named_parameters())
+
+
 @pytest.mark.parametrize("make", [Hessian, InputNorms, ChannelMaxima])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_statistics_are_checked_when_they_are_read(make, value):

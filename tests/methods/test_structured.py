@@ -78,6 +78,13 @@ def test_impossible_widths_are_refused(llama, windows, width):
         narrow_ffn(llama, width, collect(llama, windows, InputNorms))
 
 
+def test_weights_that_are_quantized_already_are_refused_by_name(llama):
+    weight = llama.model.layers[1].mlp.up_proj.weight
+    llama.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"mlp\.up_proj is quantized already"):
+        drop_blocks(llama, [0])
+
+
 def test_blocks_that_stay_keep_their_kind_of_attention(windows):
     """Qwen2 with a sliding window in its last blocks: dropping the first leaves two that slide."""
     model = tiny("qwen2, sliding window in some blocks")

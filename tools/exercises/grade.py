@@ -157,7 +157,9 @@ def mark(file: Path, master: Master, checker: Checker, secret: str = "", **limit
         if tests != [original[f"test-{task.name}"]]:
             marks.notes.append("The test's cell is not the one handed out; the original was run.")
         tasks.append(marks)
-    return Marks(who, str(file), master.lab, tasks, notes, bool(secret), time.monotonic() - start)
+    return Marks(
+        who, f"{file.parent.name}/{file.name}", master.lab, tasks, notes, bool(secret), time.monotonic() - start
+    )
 
 
 def _id(cell) -> str:

@@ -86,7 +86,7 @@ def right_influence(choose_blocks, rng):
     """The influence is 1 - cos, averaged over tokens."""
     hidden = hidden_states(rng)
     _, influence = pair(choose_blocks(hidden, 3), "choose_blocks")
-    wanted = [(1 - F.cosine_similarity(a, b, dim=-1)).mean() for a, b in zip(hidden[:-1], hidden[1:], strict=True)]
+    wanted = [(1 - F.cosine_similarity(hidden[i], hidden[i + 1], dim=-1)).mean() for i in range(7)]
     close(torch.tensor(influence), torch.stack(wanted), "the influences")
 
 
@@ -111,7 +111,7 @@ try_out(STUDENT, [choose_blocks], right_influence, right_blocks, longer_is_not_t
 # %% markdown leak
 # ## 2 · 找出洩漏 (Spot the leak) · {points} 分 · 20 分鐘
 #
-# 訓練與測試的視窗不該共用文字，可是同一篇文章可能收了兩次、只差幾個 token。給你 `train`、`test`（各是 [視窗, seqlen] 的 token），傳回「有連續 `n` 個 token 也出現在某個訓練視窗裡」的測試視窗編號，由小到大。
+# 訓練與測試的視窗不該共用文字，可是同一篇文章可能收了兩次、只差幾個 token。給你 `train`、`test`（各是 [windows, seqlen] 的 token），傳回「有連續 `n` 個 token 也出現在某個訓練視窗裡」的測試視窗編號，由小到大。
 #
 # 期望：洩漏的位置不必對齊，所以只比整個視窗抓不到。消融：`n` = 1 時幾乎每個視窗都算洩漏，這樣的標準沒有用。
 
@@ -654,7 +654,7 @@ try_out(STUDENT, [compare], right_numbers, sees_a_percent)
 # %% markdown policy
 # ## 10 · 加分題：學生自己寫的一批 (On-policy batch) · {points} 分 · 30 分鐘
 #
-# 學生在自己寫的文字上學，才學得到怎麼收拾自己的錯。這裡的模型只看前一個 token：`student`、`teacher` 是 [詞彙量, 詞彙量] 的 logits，第 i 列是 token i 之後的分布。由 `start` [batch] 開始，**由學生**抽樣 `length` 個 token（用給你的亂數 `noise`），再算這些位置的反向 KL $\mathrm{KL}(q_{\text{student}}\Vert p_{\text{teacher}})$ 平均。傳回抽到的 token [batch, length] 與這個 KL。
+# 學生在自己寫的文字上學，才學得到怎麼收拾自己的錯。這裡的模型只看前一個 token：`student`、`teacher` 是 [vocabulary, vocabulary] 的 logits，第 i 列是 token i 之後的分布。由 `start` [batch] 開始，**由學生**抽樣 `length` 個 token（用給你的亂數 `noise`），再算這些位置的反向 KL $\mathrm{KL}(q_{\text{student}}\Vert p_{\text{teacher}})$ 平均。傳回抽到的 token [batch, length] 與這個 KL。
 #
 # 抽樣規則：`noise` [batch, length] 在 0 與 1 之間，選第一個「累積機率大於 noise」的 token。期望：同樣的 noise 得到同樣的 token，頻率符合學生的分布。
 
@@ -721,7 +721,7 @@ try_out(STUDENT, [on_policy], writes_as_the_student, reverse_divergence)
 #
 # 三種病人，每一種都可能其實沒病。`diagnose(patient)` 看一份紀錄，傳回病名；`mend(patient)` 傳回治好的量。傳進來的是 dict，`kind` 說是哪一科：
 #
-# - `"checkpoint"`：`tied`（設定檔說輸出頭與嵌入共用）、`embedding` 與 `head` [詞彙量, hidden]。病名 `"lost head"`：輸出頭在存檔時遺失，載入後全是 0，困惑度等於詞彙量。治好的是輸出頭；共用時就是嵌入，不共用而遺失的救不回來，傳回 `None`。
+# - `"checkpoint"`：`tied`（設定檔說輸出頭與嵌入共用）、`embedding` 與 `head` [vocabulary, hidden]。病名 `"lost head"`：輸出頭在存檔時遺失，載入後全是 0，困惑度等於詞彙量。治好的是輸出頭；共用時就是嵌入，不共用而遺失的救不回來，傳回 `None`。
 # - `"loss"`：`losses` [token]（每個 token 的 NLL）、`real` [token]、`reported`（報告的平均）。病名 `"padding"`：補齊的位置也算了進去。治好的是平均。
 # - `"labels"`：`teacher`、`ids`：教師的 logits [seqlen, 詞彙量] 與 token [seqlen]。位置 t 的 logits 應該預測 token t + 1。病名 `"shifted"`：軟標籤錯位，位置 t 的 logits 預測的其實是 token t。治好的是對齊的 logits [seqlen − 1, 詞彙量]：第 t 列預測 token t + 1。沒病的 `mend` 傳回前 seqlen − 1 列。
 #

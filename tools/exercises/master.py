@@ -74,7 +74,7 @@ class Master:
         found = {}
         for cell in self.cells:
             if cell.kind == "solution":
-                title = re.search(r"^## (.*)$", by["markdown", cell.task].source, re.M)[1].split(" · ")[0]
+                title = re.search(r"^## (.*)$", by["markdown", cell.task].source, re.M)[1].split(" · ")[1]
                 test, options = by["test", cell.task].source, cell.options
                 needs, without = options.get("needs", []), options.get("without", [])
                 found[cell.task] = Task(cell.task, title, cell.source, test, needs, without)

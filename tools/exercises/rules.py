@@ -12,6 +12,10 @@ CALLS = {
     *("exit", "quit", "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "vars", "setattr"),
     *("delattr", "__import__"),
 }
+INSIDES = {  # through these a function reaches what it was not given
+    *("__globals__", "__builtins__", "__class__", "__bases__", "__mro__", "__subclasses__", "__dict__", "__code__"),
+    *("__closure__", "__loader__", "__spec__", "__reduce__", "__reduce_ex__", "__setattr__", "__getattribute__"),
+}
 ATTRIBUTES = {"grad", "requires_grad", "data"}  # those of a tensor that a training loop may set
 
 
@@ -69,6 +73,6 @@ def _uses(node: ast.AST, without: list[str]) -> str:
     name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
     if name in without:
         return f"The cell uses {name}, which is what this exercise is about: write it by hand."
-    if name.startswith("__") and name.endswith("__"):
+    if name in INSIDES:
         return f"The cell uses {name}, which no answer needs."
     return ""

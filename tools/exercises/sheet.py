@@ -21,6 +21,7 @@ table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
 td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 td.no { color: #a00000 } td.yes { color: #00600f } .note { color: #7a4b00 } h2 { margin-top: 3rem }
+summary { cursor: pointer; padding: .2rem 0 }
 </style>
 <h1>Lab {{ lab }} 成績單</h1>
 <p>{{ "含隱藏測試" if hidden else "只有公開的測試" }}；{{ class|length }} 份。</p>
@@ -38,7 +39,9 @@ td.no { color: #a00000 } td.yes { color: #00600f } .note { color: #7a4b00 } h2 {
 <p>{{ one.file }}，批改 {{ "%.1f"|format(one.seconds) }} 秒</p>
 {% for note in one.notes %}<p class="note">⚠️ {{ note }}</p>{% endfor %}
 {% for task in one.tasks %}
-<h3>{{ task.title }}（{{ task.gained }} / {{ task.points }}）</h3>
+<details{{ " open" if task.gained < task.points or task.notes }}>
+<summary>{{ "✅" if task.gained == task.points else "❌" }} {{ task.title }}
+（{{ task.gained }} / {{ task.points }}）</summary>
 {% for note in task.notes %}<p class="note">⚠️ {{ note }}</p>{% endfor %}
 <table>
 {% for mark in task.marks %}
@@ -46,6 +49,7 @@ td.no { color: #a00000 } td.yes { color: #00600f } .note { color: #7a4b00 } h2 {
 <td>{{ mark.message }}</td><td class="number">{{ mark.gained }} / {{ mark.points }}</td></tr>
 {% endfor %}
 </table>
+</details>
 {% endfor %}
 {% endfor %}
 </html>

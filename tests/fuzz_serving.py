@@ -83,7 +83,7 @@ def read_events(body: bytes, cuts: list[int]) -> list[str]:
     async def collect(items):
         return [item async for item in items]
 
-    return asyncio.run(collect(sse.read(chunks())))
+    return asyncio.run(collect(sse.read_events(chunks())))
 
 
 def events_by_the_standard(body: bytes) -> list[str]:

@@ -74,7 +74,7 @@ class HttpEngine:
 async def _pieces(body: AsyncIterator[bytes]) -> AsyncIterator[Piece]:
     """Pieces from server-sent events. The reason to finish is kept for the last event, which has the counts."""
     counted, reason = 0, None
-    async for data in sse.read(body):
+    async for data in sse.read_events(body):
         if data == "[DONE]":
             break
         event = json.loads(data)

@@ -12,7 +12,7 @@ def event(content: dict) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def read(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
     """The data of the events in a body, however it is cut. Raises ValueError for what is not UTF-8."""
     data: list[str] = []
     async for line in _lines(chunks):

@@ -240,7 +240,7 @@ def test_one_address_has_its_share(llama, tokenizer, nginx, certificate, tmp_pat
             assert proxy.get("/v1/models").status_code == 429
 
 
-def test_the_readme_shows_this_file():
-    readme = (ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "README.md").read_text("utf-8")
-    shown = re.search(r"```nginx\n(.*?)```", readme, re.S)[1]
+def test_the_page_about_the_service_shows_this_file():
+    page = (ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "Service.md").read_text("utf-8")
+    shown = re.search(r"```nginx\n(.*?)```", page, re.S)[1]
     assert shown == EXAMPLE

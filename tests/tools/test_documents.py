@@ -1,10 +1,12 @@
 """The documents keep the rules of WRITING_STYLE_GUIDE.md, and every check can fail: each has a planted example."""
 
 import json
+import tomllib
 
 import pytest
 
-from common.course.settings import ROOT
+from common.course.settings import CHAPTER, ROOT
+from tools import tables
 from tools.documents import bibliography, check, markdown, quantities
 from tools.documents import code as document_code
 from tools.documents.check import GUIDE, LAB_SECTIONS
@@ -76,6 +78,16 @@ def test_structure_of_theory(write, gone):
 def test_length(write):
     assert check.length(write("字" * 5000 + "\n```\n" + "字" * 100 + "\n```\n", "theory/3.9-Name.md"))
     assert not check.length(write("字" * 5001, "theory/3.9-Name.md"))
+
+
+def test_a_labs_readme_is_short_and_its_tables_narrow(write):
+    name = "Lab-3.9-Name/README.md"
+    table = "\n| a | b | c | d | e | f |\n|---|---|---|---|---|---|\n"
+    assert not check.length(write("字\n" * 400 + table, name))
+    assert "451 lines" in messages(check.length(write("字\n" * 451, name)))
+    wide = table.replace("| f |", "| f | g |").replace("|---|\n", "|---|---|\n")
+    assert "README.md:401: length: a table of 7 columns" in messages(check.length(write("字\n" * 399 + wide, name)))
+    assert not check.length(write("字\n" * 451 + wide, "Lab-3.9-Name/Measurements.md"))
 
 
 def test_slugs_are_githubs():
@@ -177,6 +189,19 @@ def test_messages(write, wrong):
     ):
         assert not document_code.invented_messages(write(troubleshooting(right)), code), right
     assert document_code.invented_messages(write(troubleshooting(wrong)), code)
+
+
+def test_the_labs_pages_of_messages_are_checked():
+    code, pages = document_code.literals(), sorted(CHAPTER.glob("Lab-*/Troubleshooting.md"))
+    assert len(pages) == 3
+    for page in pages:
+        text = page.read_text(encoding="utf-8").replace("There is no saved model", "There is no stored model")
+        assert "There is no stored model" in messages(document_code.invented_messages(Document(page, text), code))
+
+
+def test_every_table_of_the_results_stands_in_a_document():
+    shown = {match[2] for path in tables.documents() for match in tables.REGION.finditer(path.read_text("utf-8"))}
+    assert set(tomllib.loads(tables.TABLES.read_text("utf-8"))) <= shown
 
 
 @pytest.mark.parametrize(
@@ -282,7 +307,13 @@ def test_all_notebooks_are_recorded_where_the_readme_says_so():
 
 
 def test_numbers_are_asked_for_in_readmes_and_theory_but_not_in_exercises(write):
-    for name, asked in (("theory/3.9-Name.md", 1), ("README.en.md", 1), ("theory/references.md", 0), ("GPU.md", 0)):
+    for name, asked in (
+        ("theory/3.9-Name.md", 1),
+        ("README.en.md", 1),
+        ("Measurements.md", 1),
+        ("theory/references.md", 0),
+        ("GPU.md", 0),
+    ):
         assert len(quantities.unsourced(write("快了 2.3 倍。", name))) == asked, name
     assert not quantities.unsourced(write("## 7. 練習\n\n一張卡快了 2.3 倍，要多久？\n"))
     assert quantities.unsourced(write("## 7. 練習\n\n文字\n\n## 8. 結論\n\n快了 2.3 倍。\n"))

@@ -39,6 +39,7 @@ from tools.run import find_notebooks
 GUIDE = ROOT / "WRITING_STYLE_GUIDE.md"
 GLOSSARY = ["不用", "改用", "例外"]  # the head of its table
 LEAST_CHARACTERS = 5000  # of Chinese in a theory document
+MOST_LINES = 450  # of a lab's README, which is read in half an hour
 
 LAB_SECTIONS = (
     "技術背景與動機",
@@ -109,7 +110,13 @@ def structure(document: Document) -> list[Finding]:
 
 
 def length(document: Document) -> list[Finding]:
-    """Theory documents hold enough Chinese, code and formulas aside."""
+    """Theory documents hold enough Chinese, code and formulas aside; a lab's README is short, its tables narrow."""
+    if is_lab(document):
+        lines = document.text.count("\n")
+        heads = [head for head, *_ in tables_of(document.text)]
+        found = [(0, f"{lines} lines, at most {MOST_LINES} wanted")] if lines > MOST_LINES else []
+        found += [(h.start, f"a table of {len(h.cells)} columns") for h in heads if len(h.cells) > tables.MOST_COLUMNS]
+        return [document.finding(position, f"length: {message}") for position, message in found]
     count = len(HAN.findall(prose(document.text)))
     if not is_theory(document) or count > LEAST_CHARACTERS:
         return []

@@ -78,10 +78,11 @@ def is_name(before: str, quantity: str, after: str) -> bool:
 def unsourced(document: Document) -> list[Finding]:
     """Numbers with a unit, outside rendered regions, formulas and code, whose statement carries no source.
 
-    READMEs and theory documents only. Exercises give numbers and compute others from them; they are let be.
+    READMEs, the labs' pages of measurements and theory documents only. Exercises give numbers and compute others
+    from them; they are let be.
     """
     theory = document.path.parent.name == "theory" and document.path.name != "references.md"
-    if not (theory or document.path.name.startswith("README")):
+    if not (theory or document.path.name.startswith(("README", "Measurements"))):
         return []
     findings, raw = [], without(document.text, REGION)
     exercises = [(start, start + len(text)) for start, text in sections(raw, "練習|習題")]

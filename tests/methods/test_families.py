@@ -276,7 +276,7 @@ def test_a_dozen_families(kind, windows, tokenizer, tmp_path):
     hold(kind, windows, tokenizer, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", sorted(set(table()) - set(DOZEN)))
 def test_every_family(kind, windows, tokenizer, tmp_path):
     hold(kind, windows, tokenizer, tmp_path)

@@ -57,12 +57,13 @@ def test_the_steps_name_what_exists():
 
 
 def test_the_notebooks_run_once_then_the_gpu_tests_then_the_comparison():
-    notebooks, tests, comparison = commands("embedded")
+    notebooks, tests, nightly, comparison = commands("embedded")
     assert "make labs PROFILE=gpu GPU_MEMORY=15 AGAIN=1" in notebooks
     assert "pytest --color=no -m gpu" in tests
+    assert "pytest --color=no -m nightly" in nightly
     assert "tools.drift" in comparison
-    later = [step for step in JOBS["embedded"]["steps"] if step.get("run") in (tests, comparison)]
-    assert [step["if"] for step in later] == ["${{ !cancelled() }}"] * 2, "a failing notebook does not hide the others"
+    later = [step for step in JOBS["embedded"]["steps"] if step.get("run") in (tests, nightly, comparison)]
+    assert [step["if"] for step in later] == ["${{ !cancelled() }}"] * 3, "a failing notebook does not hide the others"
 
 
 def test_ci_checks_every_python_that_the_course_supports():

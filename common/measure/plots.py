@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from common.measure.evaluation import Estimate
@@ -26,9 +27,15 @@ METHODS = {
     "wanda": "#0d9488",
     "sparsegpt": "#4338ca",
     "owl": "#65a30d",
-    "ce + kd": "#be185d",
+    "uniform": "#64748b",
+    "one threshold": "#c2410c",
+    "sensitivity": "#a21caf",
     "ce only": "#b45309",
     "kd only": "#0369a1",
+    "ce + kd": "#be185d",
+    "ce + kd + minilm": "#7c3aed",
+    "ce + kd + written text": "#15803d",
+    "ce + shuffled kd": "#6b7280",
 }
 plt.rcParams.update(
     {
@@ -43,13 +50,18 @@ plt.rcParams.update(
 )
 
 
-def colors(labels: Iterable[str]) -> list[str]:
-    """A color for each label: its method's (`METHODS`), and for those that name none one after the other."""
-    others = cycle((BLUE, ORANGE, GREEN, PURPLE, "#0891b2", "#ca8a04"))
-    found = []
-    for label in labels:
-        named = [method for method in METHODS if method in label.lower()]
-        found.append(METHODS[min(named, key=label.lower().index)] if named else next(others))
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#0891b2", "#ca8a04")
+
+
+def colors(labels: Iterable[str], others: tuple[str, ...] = PALETTE) -> list[str]:
+    """A color for each label: its method's (`METHODS`), and those of `others` in turn where it names none."""
+    turn, found = cycle(others), []
+    for label in map(str.lower, labels):
+        named = [method for method in METHODS if method in label]
+        # of names that begin together, such as CE + KD and CE + KD + MiniLM, the longest
+        found.append(
+            METHODS[min(named, key=lambda method: (label.index(method), -len(method)))] if named else next(turn)
+        )
     return found
 
 
@@ -112,10 +124,10 @@ def bars(values: dict[str, float], xlabel: str, title: str, reference: float | N
     found = list(values.values())
     logarithmic = max(found) > 100 * min(found)  # one method has failed: keep the others readable
     if logarithmic:
-        axis.scatter(found, list(values), color=colors(values))
+        axis.scatter(found, list(values), color=colors(values, (BLUE,)))
         axis.set_xscale("log")
     else:
-        axis.barh(list(values), found, color=colors(values))
+        axis.barh(list(values), found, color=colors(values, (BLUE,)))
     for position, value in enumerate(found):
         axis.annotate(f"{value:,.2f}", (value, position), (8, 0), textcoords="offset points", va="center", fontsize=9)
     if reference is not None:
@@ -140,13 +152,15 @@ def dots(
         axis.axvline(limit, color=GREY, linestyle="--")
         axis.annotate(name, (limit, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(range(len(values)), list(values))
     axis.invert_yaxis()
     axis.set_xlabel(xlabel)
     axis.set_title(title, pad=18 if limits else None)
     if len(names) > 1:
-        axis.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize=8)
+        figure.legend(frameon=False, ncols=len(names), loc="outside lower center", fontsize=8)
     return figure
 
 
@@ -156,7 +170,7 @@ def ratios(found: dict[str, Estimate], title: str) -> Figure:
     found: model → `Comparison.ratio`. Dots, since the length of a bar on such an axis would mean nothing.
     """
     figure, axis = plt.subplots(figsize=(7, 0.34 * len(found) + 1.1))
-    for position, (ratio, color) in enumerate(zip(found.values(), colors(found), strict=True)):
+    for position, (ratio, color) in enumerate(zip(found.values(), colors(found, (BLUE,)), strict=True)):
         reach = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
         axis.errorbar(ratio.value, position, xerr=reach, fmt="o", color=color, capsize=3)
     axis.axvline(1, color=GREY, linestyle="--")
@@ -282,11 +296,21 @@ def masks(keep: dict[str, Tensor], title: str) -> Figure:
     """Boolean masks side by side: dark where a weight stays."""
     figure, axes = plt.subplots(1, len(keep), figsize=(3.2 * len(keep), 3.3), squeeze=False)
     for axis, (name, mask) in zip(axes[0], keep.items(), strict=True):
-        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axis.set_title(name)
         axis.grid(False)
     axes[0, 0].set(xlabel="input", ylabel="output")
     figure.suptitle(title)
+    return figure
+
+
+def scatter(points: dict[str, tuple[Tensor, Tensor]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """A cloud of dots per series over a logarithmic x axis; the y axis holds shares, from 0 to 1."""
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    for (name, (x, y)), color in zip(points.items(), colors(points), strict=True):
+        axis.scatter(x.numpy(), y.numpy(), s=9, alpha=0.5, color=color, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", ylim=(0, 1))
+    axis.legend(frameon=False)
     return figure
 
 

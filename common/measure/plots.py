@@ -50,19 +50,20 @@ plt.rcParams.update(
 )
 
 
+SLATE = "#475569"  # what names no method, where the row says what it is
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#0891b2", "#ca8a04")
 
 
 def colors(labels: Iterable[str], others: tuple[str, ...] = PALETTE) -> list[str]:
-    """A color for each label: its method's (`METHODS`), and those of `others` in turn where it names none."""
-    turn, found = cycle(others), []
+    """A color for each label: its method's (`METHODS`), or the next of `others` that no method here has."""
+    methods = []
     for label in map(str.lower, labels):
         named = [method for method in METHODS if method in label]
         # of names that begin together, such as CE + KD and CE + KD + MiniLM, the longest
-        found.append(
-            METHODS[min(named, key=lambda method: (label.index(method), -len(method)))] if named else next(turn)
-        )
-    return found
+        method = min(named, key=lambda name: (label.index(name), -len(name)), default=None)
+        methods.append(METHODS.get(method))
+    free = cycle([color for color in others if color not in methods] or others)
+    return [color or next(free) for color in methods]
 
 
 def weight_grid(weights: Tensor, levels: dict[str, Tensor]) -> Figure:
@@ -124,10 +125,10 @@ def bars(values: dict[str, float], xlabel: str, title: str, reference: float | N
     found = list(values.values())
     logarithmic = max(found) > 100 * min(found)  # one method has failed: keep the others readable
     if logarithmic:
-        axis.scatter(found, list(values), color=colors(values, (BLUE,)))
+        axis.scatter(found, list(values), color=colors(values, (SLATE,)))
         axis.set_xscale("log")
     else:
-        axis.barh(list(values), found, color=colors(values, (BLUE,)))
+        axis.barh(list(values), found, color=colors(values, (SLATE,)))
     for position, value in enumerate(found):
         axis.annotate(f"{value:,.2f}", (value, position), (8, 0), textcoords="offset points", va="center", fontsize=9)
     if reference is not None:
@@ -170,7 +171,7 @@ def ratios(found: dict[str, Estimate], title: str) -> Figure:
     found: model → `Comparison.ratio`. Dots, since the length of a bar on such an axis would mean nothing.
     """
     figure, axis = plt.subplots(figsize=(7, 0.34 * len(found) + 1.1))
-    for position, (ratio, color) in enumerate(zip(found.values(), colors(found, (BLUE,)), strict=True)):
+    for position, (ratio, color) in enumerate(zip(found.values(), colors(found, (SLATE,)), strict=True)):
         reach = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
         axis.errorbar(ratio.value, position, xerr=reach, fmt="o", color=color, capsize=3)
     axis.axvline(1, color=GREY, linestyle="--")

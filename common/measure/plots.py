@@ -306,12 +306,14 @@ def masks(keep: dict[str, Tensor], title: str) -> Figure:
 
 
 def scatter(points: dict[str, tuple[Tensor, Tensor]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """A cloud of dots per series over a logarithmic x axis; the y axis holds shares, from 0 to 1."""
-    figure, axis = plt.subplots(figsize=(7, 3.2))
-    for (name, (x, y)), color in zip(points.items(), colors(points), strict=True):
-        axis.scatter(x.numpy(), y.numpy(), s=9, alpha=0.5, color=color, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", ylim=(0, 1))
-    axis.legend(frameon=False)
+    """A panel of dots per series, on shared axes: a logarithmic x axis, and shares from 0 to 1."""
+    figure, axes = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharex=True, sharey=True)
+    for axis, (name, (x, y)), color in zip(axes, points.items(), colors(points), strict=True):
+        axis.scatter(x.numpy(), y.numpy(), s=8, alpha=0.5, color=color)
+        axis.set(title=name, xscale="log", ylim=(0, 1))
+    axes[0].set_ylabel(ylabel)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.suptitle(title)
     return figure
 
 

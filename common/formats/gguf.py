@@ -230,10 +230,18 @@ class StoredTensor:
     name: str
     row: int  # inputs: what a block of quantized weights has to divide
     type: str
+    weights: int
     bytes: int
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear layer of a decoder block: what GPTQ applies to as well."""
+        return self.name.startswith("blk.") and self.weights > self.row
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
     """What a GGUF file's tensors are stored as."""
     tensors = gguf.GGUFReader(file).tensors
-    return [StoredTensor(t.name, int(t.shape[0]), t.tensor_type.name, int(t.n_bytes)) for t in tensors]
+    return [
+        StoredTensor(t.name, int(t.shape[0]), t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in tensors
+    ]

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.measure.plots import BLUE, GREY, ORANGE, colors
 
 
 def distributions(rows: dict[str, dict[str, float]], title: str) -> Figure:
@@ -23,7 +23,7 @@ def distributions(rows: dict[str, dict[str, float]], title: str) -> Figure:
 def influences(values: list[float], kept: list[int], title: str) -> Figure:
     """Influence of each block on a logarithmic axis, those that are kept in blue."""
     figure, axis = plt.subplots(figsize=(7, 2.8))
-    axis.bar(range(len(values)), values, color=[BLUE if i in kept else GREY for i in range(len(values))])
+    axis.scatter(range(len(values)), values, color=[BLUE if i in kept else GREY for i in range(len(values))])
     axis.set_yscale("log")
     axis.grid(axis="x", visible=False)
     axis.set(xlabel="block", ylabel="influence (log)", title=title)
@@ -41,9 +41,8 @@ def plainly_logarithmic(axis: Axes) -> None:
 def learning_curves(panels: dict[str, dict[str, dict[float, float]]], title: str) -> Figure:
     """Panels side by side (label of the y axis → run → step → value), logarithmic: one bad run must not hide others."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    colors = (GREY, BLUE, ORANGE, GREEN, "#9333ea", "#db2777")
     for axis, (ylabel, runs) in zip(axes[0], panels.items(), strict=True):
-        for (name, series), color in zip(runs.items(), colors, strict=False):
+        for (name, series), color in zip(runs.items(), colors(runs), strict=True):
             axis.plot(list(series), list(series.values()), "o-", markersize=3, color=color, label=name)
         axis.set(xlabel="step", ylabel=f"{ylabel} (log)")
         plainly_logarithmic(axis)

@@ -1,14 +1,42 @@
 """The figures of notebooks and documents, one function each. Every function returns its matplotlib Figure."""
 
+from collections.abc import Iterable
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from common.measure.evaluation import Estimate
 
-BLUE, ORANGE, GREY, GREEN = "#2563eb", "#ea580c", "#9ca3af", "#16a34a"
+BLUE, ORANGE, GREY, GREEN, PURPLE = "#2563eb", "#ea580c", "#9ca3af", "#16a34a", "#9333ea"
+# One color for a method in the whole chapter. A label has the color of the method that it names first.
+METHODS = {
+    "original": GREY,
+    "dense": GREY,
+    "teacher": GREY,
+    "rtn": ORANGE,
+    "gptq": BLUE,
+    "awq": GREEN,
+    "nf4": PURPLE,
+    "int8": "#a16207",
+    "magnitude": "#dc2626",
+    "wanda": "#0d9488",
+    "sparsegpt": "#4338ca",
+    "owl": "#65a30d",
+    "uniform": "#64748b",
+    "one threshold": "#c2410c",
+    "sensitivity": "#a21caf",
+    "ce only": "#b45309",
+    "kd only": "#0369a1",
+    "ce + kd": "#be185d",
+    "ce + kd + minilm": "#7c3aed",
+    "ce + kd + written text": "#15803d",
+    "ce + shuffled kd": "#6b7280",
+}
 plt.rcParams.update(
     {
         "figure.dpi": 110,
@@ -20,6 +48,22 @@ plt.rcParams.update(
         "figure.constrained_layout.use": True,
     }
 )
+
+
+SLATE = "#475569"  # what names no method, where the row says what it is
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#0891b2", "#ca8a04")
+
+
+def colors(labels: Iterable[str], others: tuple[str, ...] = PALETTE) -> list[str]:
+    """A color for each label: its method's (`METHODS`), or the next of `others` that no method here has."""
+    methods = []
+    for label in map(str.lower, labels):
+        named = [method for method in METHODS if method in label]
+        # of names that begin together, such as CE + KD and CE + KD + MiniLM, the longest
+        method = min(named, key=lambda name: (label.index(name), -len(name)), default=None)
+        methods.append(METHODS.get(method))
+    free = cycle([color for color in others if color not in methods] or others)
+    return [color or next(free) for color in methods]
 
 
 def weight_grid(weights: Tensor, levels: dict[str, Tensor]) -> Figure:
@@ -38,7 +82,7 @@ def weight_grid(weights: Tensor, levels: dict[str, Tensor]) -> Figure:
 def errors_by_column(errors: dict[str, Tensor], title: str) -> Figure:
     """Running sum over columns of each method's output error, in the order in which columns were quantized."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, values), color in zip(errors.items(), (ORANGE, BLUE, GREEN), strict=False):
+    for (name, values), color in zip(errors.items(), colors(errors), strict=True):
         axis.plot(values.cumsum(0).numpy(), label=name, color=color)
     axis.set(xlabel="columns quantized", ylabel="error so far", title=title)
     axis.legend(frameon=False)
@@ -64,7 +108,7 @@ def curve(
 ) -> Figure:
     """Lines over a logarithmic x axis, with horizontal lines to compare against."""
     figure, axis = plt.subplots(figsize=(7, 3.4))
-    for (name, series), color in zip(points.items(), (BLUE, ORANGE, GREEN, "#9333ea"), strict=False):
+    for (name, series), color in zip(points.items(), colors(points), strict=True):
         axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
     for name, value in floors.items():
         axis.axhline(value, color=GREY, linestyle="--")
@@ -75,36 +119,61 @@ def curve(
     return figure
 
 
-def bars(
-    values: dict[str, float], xlabel: str, title: str, highlight: str = "", reference: float | None = None
-) -> Figure:
-    """Horizontal bars with their values; one may be highlighted, and a reference drawn as a line."""
+def bars(values: dict[str, float], xlabel: str, title: str, reference: float | None = None) -> Figure:
+    """Horizontal bars from zero with their values, and a reference as a line; dots where the axis is logarithmic."""
     figure, axis = plt.subplots(figsize=(7, 0.34 * len(values) + 1.1))
-    names = list(values)
-    axis.barh(names, list(values.values()), color=[ORANGE if name == highlight else BLUE for name in names])
-    for position, value in enumerate(values.values()):
-        axis.text(value, position, f" {value:,.2f}", va="center", fontsize=9)
+    found = list(values.values())
+    logarithmic = max(found) > 100 * min(found)  # one method has failed: keep the others readable
+    if logarithmic:
+        axis.scatter(found, list(values), color=colors(values, (SLATE,)))
+        axis.set_xscale("log")
+    else:
+        axis.barh(list(values), found, color=colors(values, (SLATE,)))
+    for position, value in enumerate(found):
+        axis.annotate(f"{value:,.2f}", (value, position), (8, 0), textcoords="offset points", va="center", fontsize=9)
     if reference is not None:
         axis.axvline(reference, color=GREY, linestyle="--")
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    if max(values.values()) > 100 * min(values.values()):
-        axis.set_xscale("log")  # one method has failed: keep the others readable
     axis.grid(axis="y", visible=False)
-    axis.set(xlabel=xlabel, title=title)
+    axis.set(xlabel=f"{xlabel} (logarithmic)" if logarithmic else xlabel, title=title)
     return figure
 
 
-def ratios(found: dict[str, Estimate], title: str, highlight: str = "") -> Figure:
+def dots(
+    values: dict[str, dict[str, float]], xlabel: str, title: str, limits: dict[str, float] | None = None
+) -> Figure:
+    """Values on a logarithmic axis: a row for each of `values`, a color for each series, `limits` as lines."""
+    figure, axis = plt.subplots(figsize=(7, 0.34 * len(values) + 1.4))
+    names = list(dict.fromkeys(name for row in values.values() for name in row))
+    for name, color in zip(names, colors(names), strict=True):
+        rows = {position: row[name] for position, row in enumerate(values.values()) if name in row}
+        axis.plot(list(rows.values()), list(rows), "o", color=color, label=name)
+    for name, limit in (limits or {}).items():
+        axis.axvline(limit, color=GREY, linestyle="--")
+        axis.annotate(name, (limit, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_yticks(range(len(values)), list(values))
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel)
+    axis.set_title(title, pad=18 if limits else None)
+    if len(names) > 1:
+        figure.legend(frameon=False, ncols=len(names), loc="outside lower center", fontsize=8)
+    return figure
+
+
+def ratios(found: dict[str, Estimate], title: str) -> Figure:
     """Perplexity as a multiple of the original's: dots with 95 % intervals, 1 drawn as a line.
 
     found: model → `Comparison.ratio`. Dots, since the length of a bar on such an axis would mean nothing.
     """
     figure, axis = plt.subplots(figsize=(7, 0.34 * len(found) + 1.1))
-    for position, (name, ratio) in enumerate(found.items()):
-        colour = ORANGE if name == highlight else BLUE
+    for position, (ratio, color) in enumerate(zip(found.values(), colors(found, (SLATE,)), strict=True)):
         reach = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
-        axis.errorbar(ratio.value, position, xerr=reach, fmt="o", color=colour, capsize=3)
+        axis.errorbar(ratio.value, position, xerr=reach, fmt="o", color=color, capsize=3)
     axis.axvline(1, color=GREY, linestyle="--")
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
@@ -120,7 +189,7 @@ def stacked_bytes(parts: dict[str, dict[str, float]], title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 0.5 * len(parts) + 1.4))
     kinds = list(dict.fromkeys(kind for checkpoint in parts.values() for kind in checkpoint))
     left = np.zeros(len(parts))
-    for kind, color in zip(kinds, (GREY, BLUE, ORANGE, GREEN, "#9333ea"), strict=False):
+    for kind, color in zip(kinds, (GREY, BLUE, ORANGE, GREEN, PURPLE), strict=False):
         width = np.array([checkpoint.get(kind, 0) / 1e6 for checkpoint in parts.values()])
         axis.barh(list(parts), width, left=left, color=color, label=kind)
         left += width
@@ -136,7 +205,7 @@ def stacked_bytes(parts: dict[str, dict[str, float]], title: str) -> Figure:
 def latency_histogram(seconds: dict[str, list[float]], title: str) -> Figure:
     """Distribution of run times in milliseconds, with median and 99th percentile marked."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, values), color in zip(seconds.items(), (GREY, BLUE, ORANGE), strict=False):
+    for (name, values), color in zip(seconds.items(), colors(seconds), strict=True):
         milliseconds = np.array(values) * 1e3
         axis.hist(milliseconds, bins=30, alpha=0.6, color=color, label=name)
         axis.axvline(np.median(milliseconds), color=color)
@@ -151,7 +220,7 @@ def lines(
 ) -> Figure:
     """Lines with markers; a linear y axis starts at zero."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, series), color in zip(points.items(), (GREY, BLUE, ORANGE, GREEN, "#9333ea"), strict=False):
+    for (name, series), color in zip(points.items(), colors(points), strict=True):
         axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
     if yscale == "linear":
@@ -228,10 +297,22 @@ def masks(keep: dict[str, Tensor], title: str) -> Figure:
     """Boolean masks side by side: dark where a weight stays."""
     figure, axes = plt.subplots(1, len(keep), figsize=(3.2 * len(keep), 3.3), squeeze=False)
     for axis, (name, mask) in zip(axes[0], keep.items(), strict=True):
-        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axis.set_title(name)
         axis.grid(False)
     axes[0, 0].set(xlabel="input", ylabel="output")
+    figure.suptitle(title)
+    return figure
+
+
+def scatter(points: dict[str, tuple[Tensor, Tensor]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """A panel of dots per series, on shared axes: a logarithmic x axis, and shares from 0 to 1."""
+    figure, axes = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharex=True, sharey=True)
+    for axis, (name, (x, y)), color in zip(axes, points.items(), colors(points), strict=True):
+        axis.scatter(x.numpy(), y.numpy(), s=8, alpha=0.5, color=color)
+        axis.set(title=name, xscale="log", ylim=(0, 1))
+    axes[0].set_ylabel(ylabel)
+    figure.supxlabel(xlabel, fontsize=10)
     figure.suptitle(title)
     return figure
 

@@ -49,10 +49,11 @@ def search_scale(weight: Tensor, statistic: Hessian, config: QuantizeConfig) -> 
 
 
 def awq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_options) -> dict[str, float]:
-    """AWQ for every linear layer of the decoder blocks, in place; returns the α chosen for each group of layers.
+    """AWQ for every linear layer of the decoder blocks, in place; returns the α of each group that can be scaled.
 
-    An engine folds 1/s into the operation before (a norm, or `up_proj` for `down_proj`). α stays 0 where there is none
-    (`folding.find_folds`): `o_proj` with grouped-query attention, as in the authors' code, or fused experts.
+    An engine folds 1/s into the operation before (a norm, or `up_proj` for `down_proj`). Layers without one
+    (`folding.find_folds`) are only rounded: `o_proj` with grouped-query attention, as in the authors' code, or fused
+    experts.
     Raises ValueError, before the first change, where that is so everywhere.
     """
     check_widths(model, config)
@@ -68,16 +69,16 @@ def awq_model(model: nn.Module, windows: Tensor, config: QuantizeConfig, **walk_
 
     def round_stage(stage: Stage, statistic: Hessian) -> None:
         weight = torch.cat([linear.weight for linear in stage.linears.values()]).float()
-        scale, alpha = torch.ones_like(statistic.mean_absolute), 0.0
+        scale = torch.ones_like(statistic.mean_absolute)
         if any(set(fold.readers) == set(stage.linears) for fold in folds[stage.block_index]):
             scale, alpha = search_scale(weight, statistic, unclipped)
+            alphas[f"{stage.block_index}." + "+".join(stage.linears)] = alpha
         importance = statistic.matrix.diagonal() / scale.square()
         rounded = round_scaled(weight, scale, config, importance)
         start = 0
         for linear in stage.linears.values():
             linear.weight.copy_(rounded[start : start + linear.out_features])
             start += linear.out_features
-        alphas[f"{stage.block_index}." + "+".join(stage.linears)] = alpha
 
     walk(model, windows, Hessian, change, description=config.label("awq"), **walk_options)
     return alphas

@@ -113,12 +113,12 @@ def test_rows_have_a_value_for_every_profile_or_one_for_all(lab):
         ("seed", 'seed = { all = "4", doc = "" }', r"seed = '4' should be of type int"),
         ("seqlen", 'seqlen = { all = true, doc = "" }', r"seqlen = True should be of type int"),
         (
-            "sweep_steps",
-            'sweep_steps = { smoke = 4, cpu = 4.0, gpu = 4, doc = "" }',
-            r"sweep_steps = 4\.0 should be of type int",
+            "sweep_rows",
+            'sweep_rows = { smoke = 4, cpu = 4.0, gpu = 4, doc = "" }',
+            r"sweep_rows = 4\.0 should be of type int",
         ),
-        ("sweep_steps", 'sweep_steps = { gpu = 4, doc = "" }', r"sweep_steps = None should be of type NoneType"),
-        ("sweep_steps", 'sweep_steps = { smoke = 4, gpu = 4, doc = "" }', r"sweep_steps = None should be of type int"),
+        ("sweep_rows", 'sweep_rows = { gpu = 4, doc = "" }', r"sweep_rows = None should be of type NoneType"),
+        ("sweep_rows", 'sweep_rows = { smoke = 4, gpu = 4, doc = "" }', r"sweep_rows = None should be of type int"),
         ("batch_sizes", 'batch_sizes = { all = 1, doc = "" }', r"batch_sizes = 1 should be of type .*list"),
         ("corpus", 'corpus = { all = 2, doc = "" }', r"corpus = 2 should be of type .*str"),
         ("seqlen", "", "seqlen"),  # no such row
@@ -131,10 +131,10 @@ def test_a_slip_in_the_table(table, name, line, words):
 
 
 def test_a_changed_value_arrives(table):
-    table("sweep_steps", 'sweep_steps = { smoke = 3, cpu = 2, gpu = 8, doc = "changed" }')
+    table("sweep_rows", 'sweep_rows = { smoke = 3, cpu = 2, gpu = 8, doc = "changed" }')
     loaded = load_settings("quantization", "smoke")
-    assert loaded.sweep_steps == 3
-    assert loaded.documentation["sweep_steps"] == "changed"
+    assert loaded.sweep_rows == 3
+    assert loaded.documentation["sweep_rows"] == "changed"
 
 
 # --- the object ----------------------------------------------------------------------------------------------------

@@ -602,6 +602,11 @@ def test_q8_costs_what_its_blocks_say_and_hardly_any_quality(save, bpe, tmp_path
         sum(t.bytes for t in stored_tensors(file) if t.type == kind) for file, kind in ((f16, "F16"), (q8, "Q8_0"))
     )
     assert after * 32 == before * 34 / 2  # 32 codes of a byte and one float16 scale
+    linear = [t for t in stored_tensors(q8) if t.linear]
+    assert {t.name.split(".")[2] for t in linear} == {
+        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    assert 8 * sum(t.bytes for t in linear) == 8.5 * sum(t.weights for t in linear)
     assert distance(tmp_path / "hf", q8, tokens(bpe)) < 0.02
 
 

@@ -15,12 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.course.settings import ROOT
-from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.measure.plots import BLUE, GREEN, GREY, METHODS, ORANGE
 from tools import tables
 
 HERE = Path(__file__).parent
 PROFILES = ROOT / "common" / "course" / "profiles.toml"
-COLORS = {"magnitude": ORANGE, "wanda": BLUE, "sparsegpt": GREEN}
 NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 
@@ -84,7 +83,7 @@ def curve() -> Figure:
     device, found = records("04-Benchmark_and_Analysis", "perplexity")
     dense = found["original"]["value"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), width_ratios=(3, 2))
-    for method, color in COLORS.items():
+    for method in NAMES:
         points = {
             int(name.removeprefix(f"{method}-")) / 100: r
             for name, r in found.items()
@@ -92,20 +91,22 @@ def curve() -> Figure:
         }
         at = sorted(points)
         values, spreads = ([points[s][field] or 0.0 for s in at] for field in ("value", "spread"))
-        left.errorbar([0, *at], [dense, *values], [0, *spreads], fmt="o-", color=color, capsize=3, label=NAMES[method])
+        left.errorbar(
+            [0, *at], [dense, *values], [0, *spreads], fmt="o-", color=METHODS[method], capsize=3, label=NAMES[method]
+        )
     left.axhline(dense, color=GREY, linestyle="--", label="dense")
     left.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title="Perplexity against sparsity")
     left.legend(frameon=False)
     patterns = {"free": "50", "4:8": "4-8", "2:4": "2-4"}
     for number, method in enumerate(("wanda", "sparsegpt")):
         chosen = [found[f"{method}-{suffix}"] for suffix in patterns.values()]
-        places = [place + 0.38 * (number - 0.5) for place in range(len(patterns))]
-        right.bar(
+        places = [place + 0.2 * (number - 0.5) for place in range(len(patterns))]
+        right.errorbar(
             places,
             [r["value"] for r in chosen],
-            0.36,
-            yerr=[r["spread"] or 0.0 for r in chosen],
-            color=COLORS[method],
+            [r["spread"] or 0.0 for r in chosen],
+            fmt="o",
+            color=METHODS[method],
             capsize=3,
             label=NAMES[method],
         )

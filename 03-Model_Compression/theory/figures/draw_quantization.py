@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.measure.plots import BLUE, GREEN, GREY, METHODS, ORANGE
 from common.methods.compensation import Hessian, inverse_cholesky
 from common.methods.quantization import QuantizeConfig, gptq, rtn
 from tools.tables import committed
@@ -109,14 +109,13 @@ def sweep() -> Figure:
     device, records = newest_sweep()
     base = records.pop("original")
     rows = sorted(records.values(), key=lambda r: r["value"], reverse=True)
-    colors = {"rtn": ORANGE, "gptq": BLUE, "awq": GREEN}
     figure, axis = plt.subplots(figsize=(8.4, 0.27 * len(rows) + 1.2))
     for place, r in enumerate(rows):
-        color = colors.get(r["artifact"].split("-")[0], GREY)
+        color = METHODS[r["artifact"].removeprefix("bnb-").split("-")[0]]
         axis.plot(r["value"] - base["value"], place, "o", color=color)
     axis.set_yticks(range(len(rows)), [setting(r["artifact"]) for r in rows], fontsize=8)
-    for name, color in {"RTN": ORANGE, "GPTQ": BLUE, "AWQ": GREEN, "bitsandbytes": GREY}.items():
-        axis.plot([], [], "o", color=color, label=name)
+    for name in ("RTN", "GPTQ", "AWQ", "NF4", "INT8"):
+        axis.plot([], [], "o", color=METHODS[name.lower()], label=name)
     protocol = base["protocol"]
     stated = f"{protocol['corpus']}, {protocol['windows']} windows of {protocol['seqlen']} tokens"
     axis.set(xscale="log", xlabel=f"perplexity above the original's {base['value']:.2f} ({stated})")

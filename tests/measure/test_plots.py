@@ -1,0 +1,48 @@
+"""The figures: a method has its one color, and a logarithmic axis no bars."""
+
+from common.measure import plots
+from common.measure.evaluation import Estimate
+
+
+def test_a_label_has_the_color_of_the_method_that_it_names_first():
+    gptq, wanda = plots.METHODS["gptq"], plots.METHODS["wanda"]
+    assert plots.colors(["GPTQ, all on", "gptq-w4-g64", "Wanda → GPTQ", "SparseGPT"]) == [
+        *(gptq, gptq, wanda),
+        plots.METHODS["sparsegpt"],
+    ]
+    assert plots.colors(["CE + KD", "CE + KD + MiniLM"]) == [
+        plots.METHODS["ce + kd"],
+        plots.METHODS["ce + kd + minilm"],
+    ]
+    blue, rtn, third = plots.PALETTE[0], plots.METHODS["rtn"], plots.PALETTE[2]
+    assert plots.PALETTE[1] == rtn and plots.colors(["mine", "RTN", "yours"]) == [blue, rtn, third]  # RTN's is taken
+
+
+def test_methods_that_are_drawn_together_differ():
+    for together in (
+        ("original", "rtn", "gptq", "awq", "nf4", "int8"),
+        ("original", "magnitude", "wanda", "sparsegpt"),
+        ("uniform", "one threshold", "sensitivity", "owl"),
+        ("ce only", "kd only", "ce + kd", "ce + kd + minilm", "ce + kd + written text", "ce + shuffled kd"),
+    ):
+        assert len({plots.METHODS[name] for name in together}) == len(together)
+
+
+def test_bars_begin_at_zero_and_become_dots_on_a_logarithmic_axis():
+    near = plots.bars({"RTN": 1.0, "GPTQ": 2.0}, "error", "").axes[0]
+    assert near.get_xscale() == "linear" and near.get_xlim()[0] == 0 and len(near.patches) == 2
+    far = plots.bars({"RTN": 1.0, "GPTQ": 200.0}, "error", "").axes[0]
+    assert far.get_xscale() == "log" and not far.patches
+
+
+def test_dots_show_every_series_of_every_row_and_the_limits():
+    axis = plots.dots({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0}}, "GB", "", {"8 GB": 8}).axes[0]
+    drawn = {line.get_label(): line.get_xdata() for line in axis.lines}
+    assert (list(drawn["x"]), list(drawn["y"])) == ([1, 3], [2])
+    assert axis.get_xscale() == "log" and not axis.patches
+
+
+def test_ratios_have_their_methods_colors():
+    one = Estimate(1.1, 0.01, 1.05, 1.15)
+    figure = plots.ratios({"GPTQ, all on": one, "something else": one}, "")
+    assert [line.get_color() for line in figure.axes[0].lines[:1]] == [plots.METHODS["gptq"]]

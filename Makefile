@@ -1,7 +1,7 @@
 # make labs      set up, run the notebooks on the embedded model, sum up
 # make check     set up, run what takes minutes: style, documents, unit tests; no engines, no notebooks
 # make test      set up, run all checks and tests
-# make nightly   set up, run what only the nightly run has time for: load, generated requests, fuzzing (45 minutes)
+# make nightly   set up, run what only the nightly run has time for: every family, models of others, load, fuzzing (2 hours)
 # make docs-check set up, check the documents: structure, links, terms, numbers, code, bibliography
 # make figures   set up, draw the figures of the theory documents again
 # make stale     which recordings no longer belong to their code, which edit made it so, and what waits in the ledger

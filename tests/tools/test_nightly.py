@@ -34,8 +34,8 @@ def test_workflows(file):
 
 def test_each_cron_runs_one_job_and_only_the_report_may_write():
     crons = [entry["cron"] for entry in NIGHTLY[True]["schedule"]]  # YAML 1.1 reads the key `on` as true
-    skipped = {job: re.findall(r"schedule != '(.*)'", JOBS[job]["if"]) for job in ("embedded", "llama", "service")}
-    assert skipped == {"embedded": [crons[1]], "llama": [crons[0]], "service": [crons[1]]}
+    skipped = {job: re.findall(r"schedule != '(.*)'", JOBS[job]["if"]) for job in ("embedded", "llama", "long-tests")}
+    assert skipped == {"embedded": [crons[1]], "llama": [crons[0]], "long-tests": [crons[1]]}
     assert NIGHTLY["permissions"] == {"contents": "read"}
     assert {job: JOBS[job]["permissions"] for job in JOBS if "permissions" in JOBS[job]} == {
         "report": {"issues": "write"}
@@ -47,7 +47,7 @@ def commands(job: str) -> list[str]:
 
 
 def test_the_steps_name_what_exists():
-    text = "\n".join(commands("embedded") + commands("llama") + commands("service"))
+    text = "\n".join(commands("embedded") + commands("llama") + commands("long-tests"))
     for target in sorted(set(re.findall(r"make (\w+)", text))):
         subprocess.run(["make", "-n", target, "NOTEBOOK=01"], cwd=ROOT, check=True, capture_output=True, timeout=60)
     modules = re.findall(r"python -m (tools\.\w+)", text)
@@ -57,13 +57,12 @@ def test_the_steps_name_what_exists():
 
 
 def test_the_notebooks_run_once_then_the_gpu_tests_then_the_comparison():
-    notebooks, tests, nightly, comparison = commands("embedded")
+    notebooks, tests, comparison = commands("embedded")
     assert "make labs PROFILE=gpu GPU_MEMORY=15 AGAIN=1" in notebooks
     assert "pytest --color=no -m gpu" in tests
-    assert "pytest --color=no -m nightly" in nightly
     assert "tools.drift" in comparison
-    later = [step for step in JOBS["embedded"]["steps"] if step.get("run") in (tests, nightly, comparison)]
-    assert [step["if"] for step in later] == ["${{ !cancelled() }}"] * 3, "a failing notebook does not hide the others"
+    later = [step for step in JOBS["embedded"]["steps"] if step.get("run") in (tests, comparison)]
+    assert [step["if"] for step in later] == ["${{ !cancelled() }}"] * 2, "a failing notebook does not hide the others"
 
 
 def test_ci_checks_every_python_that_the_course_supports():

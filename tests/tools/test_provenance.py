@@ -315,7 +315,7 @@ def copy(tmp_path_factory):
 def every_notebook(folder, rename=lambda text: text):
     """Notebook → what it depends on, with the notebooks of the repository and the packages in `folder`."""
     tree, found = Tree(folder), {}
-    for file in sorted(CHAPTER.glob("Lab-*/*.ipynb")):
+    for file in sorted(CHAPTER.glob("Lab-*/0*.ipynb")):
         book = nbformat.read(file, as_version=4)
         for cell in book.cells:
             cell.source = rename(cell.source)

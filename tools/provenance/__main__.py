@@ -8,8 +8,8 @@ python -m tools.provenance release    exit 1 while anything is stale or waits
 import argparse
 import sys
 
-from common.course.settings import CHAPTER
 from tools import tables
+from tools.notebooks import find_notebooks
 from tools.provenance import ledger
 from tools.provenance.fingerprint import read_notebook
 
@@ -26,7 +26,7 @@ def main() -> int:
         print("\n".join(f"✅ recorded: {name}" for name in ledger.settle(tables.committed())) or "nothing to settle")
         return 0
     reasons = {}
-    for file in sorted(CHAPTER.glob("*/*.ipynb")):
+    for file in find_notebooks():
         reason = ledger.stale(read_notebook(file))
         reasons[file] = reason
         first, more = reason.split(", ")[:SHOWN], reason.count(", ") + 1 - SHOWN

@@ -65,15 +65,20 @@ def committed() -> list[dict]:
 
 
 def _select(records: list[dict], spec: dict) -> list[dict]:
-    """The records that a table is about: its lab and notebook, its columns' keys, its rows' artifacts."""
+    """The records that a table is about: its lab and notebook, its columns' keys, its rows."""
     return [
         r
         for r in records
         if r["lab"] == spec["lab"]
         and r["notebook"] == spec.get("notebook", r["notebook"])
         and any(_belongs(r, name, column) for name, column in spec["columns"].items())
-        and r["artifact"] in spec["rows"]
+        and _row(r, spec) in spec["rows"]
     ]
+
+
+def _row(record: dict, spec: dict) -> str:
+    """In which row a record stands: its artifact's, or that of its protocol's `by`, such as a number of items."""
+    return str(record["protocol"].get(spec["by"])) if "by" in spec else record["artifact"]
 
 
 def _belongs(record: dict, name: str, column: dict) -> bool:
@@ -117,15 +122,17 @@ def _cells(spec: dict, chosen: list[dict], columns: list[tuple[str, str]]) -> di
     cells = {}
     for key, device in columns:
         column = [r for r in chosen if _belongs(r, key, spec["columns"][key]) and r["device"] == device]
-        if len({(protocol_hash(r["protocol"]), r["model"], r["profile"]) for r in column}) > 1:
+        by = spec.get("by")
+        common = [{name: value for name, value in r["protocol"].items() if name != by} for r in column]
+        if len({(protocol_hash(p), r["model"], r["profile"]) for p, r in zip(common, column, strict=True)}) > 1:
             raise ValueError(f"Table {spec['title']!r}: column {key} on {device} mixes protocols.")
-        values = {r["artifact"]: r["value"] for r in column}
-        first = next((values[artifact] for artifact in spec["rows"] if artifact in values), None)
+        values = {_row(r, spec): r["value"] for r in column}
+        first = next((values[row] for row in spec["rows"] if row in values), None)
         for r in column:
             form, spread = spec["columns"][key]["format"], r["spread"] or 0.0
             low, high = r.get("interval") or (r["value"], r["value"])
             named = {"spread": spread, "low": low, "high": high, "ratio": r["value"] / first if first else 1.0}
-            cells[r["artifact"], key, device] = form.format(r["value"], **named)
+            cells[_row(r, spec), key, device] = form.format(r["value"], **named)
     return cells
 
 

@@ -168,7 +168,7 @@ def test_the_figures_are_drawn_and_shown(tmp_path):
     chapter = ROOT / "03-Model_Compression"
     runpy.run_path(str(chapter / "theory" / "figures" / "draw_benchmark.py"))["main"](tmp_path)
     drawn = {file.name for file in tmp_path.iterdir()}
-    text = (chapter / "README.md").read_text(encoding="utf-8")
+    text = (chapter / "Comparisons.md").read_text(encoding="utf-8")
     assert drawn == set(re.findall(r"\]\(theory/figures/(benchmark[^)]+)\)", text))
     assert all((chapter / "theory" / "figures" / name).exists() for name in drawn)
 

@@ -493,7 +493,7 @@ try_out(STUDENT, [gptq], as_the_course, better_than_rounding, damping, diagonal_
 # </details>
 
 
-# %% solution act_order needs=gptq
+# %% solution act_order
 def gptq_act_order(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Like `gptq`, columns with the largest activations first; codes are in the weight's own order."""
     ### BEGIN SOLUTION

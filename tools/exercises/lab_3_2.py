@@ -747,7 +747,7 @@ try_out(STUDENT, [plan], beats_uniform, turned_round)
 # </details>
 
 
-# %% solution clinic needs=nm
+# %% solution clinic
 def diagnose(patient: dict) -> str:
     """ "uncalibrated", "refilled", "wrong axis" or "healthy"."""
     ### BEGIN SOLUTION

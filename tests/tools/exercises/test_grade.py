@@ -93,6 +93,29 @@ def test_tricks_are_told_and_not_rewarded(name, hand_in):
     assert next(task for task in marks.tasks if task.name == "rtn").gained == 6, "the others keep theirs"
 
 
+@pytest.mark.parametrize("lab", master.LABS)
+def test_an_answer_may_call_all_functions_of_earlier_tasks_and_gets_the_references(lab, tmp_path):
+    """Every answer but the last task's is blank, and the last task's reads all functions that were asked for before."""
+    chosen = master.load(lab)
+    checker = grade.Checker(chosen)
+    *earlier, last = chosen.tasks.values()
+    names = [name for task in earlier for name in checker.checks(task)[0]]
+    assert len(names) == len(set(names)) >= len(earlier)
+    book = master.notebook(chosen, solutions=False)
+    cell = next(cell for cell in book.cells if cell.id == f"solution-{last.name}")
+    cell.source = f"earlier = [{', '.join(names)}]\n\n\n{last.solution}"
+    file = tmp_path / "b1.ipynb"
+    nbformat.write(book, file)
+    marks = grade.mark(file, chosen, checker)
+    assert {task.name: task.gained for task in marks.tasks if task.gained} == {last.name: last.points}
+
+
+def test_the_answers_process_holds_no_later_solution(chosen):
+    before = chosen.before(chosen.tasks["update"])
+    assert "def decode(" in before
+    assert "def update(" not in before and "def gptq(" not in before
+
+
 def test_changed_and_deleted_tests_are_told_and_the_originals_run(hand_in):
     easy = replaced("test-pack", "print('6 / 6')")
     for change in (easy, lambda cells, book: book.cells.remove(cells["test-pack"])):

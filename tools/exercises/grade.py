@@ -15,10 +15,11 @@ import nbformat
 
 from common.course.exercises import Check, generator
 from tools.exercises.master import Master, Task, notebook
-from tools.exercises.rules import broken
+from tools.exercises.rules import broken, replaced
 from tools.exercises.sandbox import GIB, Sandbox, Stopped
 
 HIDDEN = 3  # draws of a check's inputs that only the instructor knows
+PLACEHOLDER, EXAMPLE = "your name or number", 'STUDENT = "b12345678"'
 SECONDS, MEMORY = 20.0, 2 * GIB  # for one call of an answer's function
 
 
@@ -145,9 +146,14 @@ def mark(file: Path, master: Master, checker: Checker, secret: str = "", **limit
     found: dict[str, list[str]] = {}
     for cell in cells:
         found.setdefault(_id(cell), []).append(cell.source)
-    who = _student(cells) or file.stem
     tasks = []
     original = {cell.id: cell.source for cell in notebook(master, solutions=False).cells}
+    who, told = _student(cells)
+    if not who:
+        who = file.stem
+        told += f" The file's name ({who}) stands in, so the inputs are not those of the notebook."
+    notes += [told.strip()] if told else []
+    notes += _elsewhere(cells, original)
     for task in master.tasks.values():
         answers, tests = (found.get(f"{kind}-{task.name}", []) for kind in ("solution", "test"))
         marks = mark_task(master, checker, task, answers[0] if len(answers) == 1 else "", who, secret, **limits)
@@ -167,13 +173,28 @@ def _id(cell) -> str:
     return cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", "")
 
 
-def _student(cells: list) -> str:
-    """The value of STUDENT in the cell that asks for it; "" where it is not there, or no plain text."""
-    for cell in cells:
-        if "student" in cell.metadata.get("tags", []):
-            try:
-                (statement,) = ast.parse(cell.source).body
-                return str(ast.literal_eval(statement.value))
-            except (SyntaxError, ValueError, AttributeError):
-                return ""
-    return ""
+def _student(cells: list) -> tuple[str, str]:
+    """The value of STUDENT, "" where there is none to be found, and what is to be told of its cell."""
+    sources = [cell.source for cell in cells if "student" in cell.metadata.get("tags", [])]
+    if not sources:
+        return "", "There is no cell with STUDENT." if cells else ""
+    name, others = "", 0
+    try:
+        for statement in ast.parse(sources[0]).body:
+            match statement:
+                case ast.Assign([ast.Name("STUDENT")], ast.Constant(str() | int() as value)):
+                    name = str(value).strip()
+                case _:
+                    others += 1
+    except SyntaxError:
+        return "", "The cell with STUDENT is not Python."
+    if name in ("", PLACEHOLDER):
+        return "", f"The cell with STUDENT gives no name: it should hold one line, such as {EXAMPLE}."
+    return name, f"The cell with STUDENT should hold this one line; {others} more were not run." if others else ""
+
+
+def _elsewhere(cells: list, original: dict[str, str]) -> list[str]:
+    """What cells other than answers replace of what others use: harmless, since only answers run, but told."""
+    own = (cell for cell in cells if cell.cell_type == "code" and not _id(cell).startswith("solution-"))
+    names = {name for cell in own if cell.source != original.get(_id(cell)) for name in replaced(cell.source)}
+    return [f"A cell that is no answer replaces {name}; it was not run." for name in sorted(names)]

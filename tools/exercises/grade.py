@@ -7,13 +7,13 @@ other draws. Each answer runs in a process of its own (`tools.exercises.sandbox`
 import ast
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from common.course.exercises import Check, generator
+from common.course.exercises import Check, generator, in_vain
 from tools.exercises.master import Master, Task, notebook
 from tools.exercises.rules import broken, replaced
 from tools.exercises.sandbox import GIB, Sandbox, Stopped
@@ -110,6 +110,18 @@ def run_check(check: Check, functions: list[Callable], who: str, secret: str) ->
     return Mark(check.__doc__, check.points, check.points)
 
 
+def run_checks(checks: list[Check], functions: list[Callable], who: str, secret: str) -> list[Mark]:
+    """A mark for each check; some give their points only after another gave its own."""
+    marks, passed = [], []
+    for check in checks:
+        mark = run_check(check, functions, who, secret)
+        why = in_vain(check, passed) if mark.gained else ""
+        if mark.gained and not why:
+            passed.append(check)
+        marks.append(replace(mark, gained=0, message=why) if why else mark)
+    return marks
+
+
 def mark_task(master: Master, checker: Checker, task: Task, cell: str, who: str, secret: str, **limits) -> TaskMarks:
     """Marks for one task's cell."""
     made = TaskMarks(task.name, task.title)
@@ -122,7 +134,7 @@ def mark_task(master: Master, checker: Checker, task: Task, cell: str, who: str,
     try:
         with Sandbox(master.before(task), cell, **allowed) as sandbox:
             functions = [_remote(sandbox, name) for name in wanted]
-            made.marks = [run_check(check, functions, who, secret) for check in checks]
+            made.marks = run_checks(checks, functions, who, secret)
             if sandbox.stopped:
                 made.notes.append(sandbox.stopped)
     except (AssertionError, NotImplementedError) as error:  # the cell itself, before any call

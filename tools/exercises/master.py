@@ -27,7 +27,7 @@ LABS = ("3.1", "3.2", "3.3")
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # as nbgrader writes it
 HEAD = re.compile(r"^# %% (?P<kind>\w+) ?(?P<task>[\w-]+)?(?P<options>.*)$", re.M)
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
-POINTS = re.compile(r"^@worth\((\d+)\)$", re.M)
+POINTS = re.compile(r"^@worth\((\d+)(?:, after=\w+)?\)$", re.M)
 
 
 @dataclass(frozen=True)

@@ -190,19 +190,19 @@ def _student(cells: list) -> tuple[str, str]:
     sources = [cell.source for cell in cells if "student" in cell.metadata.get("tags", [])]
     if not sources:
         return "", "There is no cell with STUDENT." if cells else ""
-    name, others = "", 0
+    name, others = "", False
     try:
         for statement in ast.parse(sources[0]).body:
             match statement:
                 case ast.Assign([ast.Name("STUDENT")], ast.Constant(str() | int() as value)):
                     name = str(value).strip()
                 case _:
-                    others += 1
+                    others = True
     except SyntaxError:
         return "", "The cell with STUDENT is not Python."
     if name in ("", PLACEHOLDER):
         return "", f"The cell with STUDENT gives no name: it should hold one line, such as {EXAMPLE}."
-    return name, f"The cell with STUDENT should hold this one line; {others} more were not run." if others else ""
+    return name, "The cell with STUDENT should hold this one line; what else it holds was not run." if others else ""
 
 
 def _elsewhere(cells: list, original: dict[str, str]) -> list[str]:

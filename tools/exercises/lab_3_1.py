@@ -51,7 +51,7 @@ def spread(weight, bits, group_size):
 
 
 def proper_codes(codes, weight, bits):
-    typed(codes, torch.uint8, "codes")
+    typed(codes, torch.uint8, "The codes")
     close(codes, torch.zeros_like(weight), "codes", tolerance=math.inf)  # the shape alone
     outside = (codes >= 2**bits).sum()
     assert not outside, f"Codes must lie between 0 and 2**bits − 1; {outside} of {codes.numel()} do not."

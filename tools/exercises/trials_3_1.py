@@ -149,6 +149,7 @@ def awq(weight, inputs, alphas, bits, group_size):
 """
     },
     "bytes": {"nothing": "def checkpoint_bytes(shapes, others, bits, group_size):\n    return 0\n"},
+    "foreign": {"as it came": "def read_foreign(codes, stored, scale):\n    return 2, codes\n"},
     "clinic": {
         "everybody is healthy": """
 def diagnose(patient):

@@ -150,8 +150,8 @@ def test_answers_learnt_by_heart_fail_on_hidden_inputs(hand_in, chosen, checker)
     [
         ('STUDENT = "b007"', "b007", []),
         ("STUDENT = 7", "7", []),
-        ('STUDENT = "b007"\nprint("hello")', "b007", ["one line; 1 more were not run"]),
-        ('STUDENT = "b007"\ntorch.allclose = f', "b007", ["one line; 1 more", "replaces torch.allclose"]),
+        ('STUDENT = "b007"\nprint("hello")', "b007", ["what else it holds was not run"]),
+        ('STUDENT = "b007"\ntorch.allclose = f', "b007", ["one line", "replaces torch.allclose"]),
         ("STUDENT = input()", "b12345678", ["no name", "(b12345678) stands in"]),
         ('STUDENT = " "', "b12345678", ["no name"]),
         (f'STUDENT = "{grade.PLACEHOLDER}"', "b12345678", ["no name"]),

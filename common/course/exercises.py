@@ -6,6 +6,7 @@ what is wrong and not the answer, and may return a sentence with what it measure
 
 import copy
 import math
+import traceback
 import zlib
 from collections.abc import Callable
 
@@ -15,14 +16,24 @@ from torch import Tensor
 Check = Callable[..., str | None]
 
 
-def worth(points: int) -> Callable[[Check], Check]:
-    """Say how many points a check gives."""
+def worth(points: int, after: Check | None = None) -> Callable[[Check], Check]:
+    """Say how many points a check gives; with `after`, only to those whom that check gave its points.
+
+    What an ablation asks for, an answer that does nothing often fulfils: it says something of right answers alone.
+    """
 
     def mark(check: Check) -> Check:
-        check.points = points
+        check.points, check.after = points, after
         return check
 
     return mark
+
+
+def in_vain(check: Check, passed: list[Check]) -> str:
+    """Why a check that holds gives nothing; "" where it gives its points. passed: those that gave theirs."""
+    if check.after is None or check.after in passed:
+        return ""
+    return f"It holds, but counts only with this: {check.after.__doc__}"
 
 
 def generator(check: Check, who: str) -> torch.Generator:
@@ -37,7 +48,7 @@ def untouched(function: Callable) -> Callable:
 
 def try_out(who: str, functions: list[Callable], *checks: Check) -> None:
     """Run the checks in a notebook; a line for each, and the points."""
-    gained = 0
+    passed: list[Check] = []
     for check in checks:
         try:
             said = check(*map(untouched, functions), generator(check, who))
@@ -45,15 +56,34 @@ def try_out(who: str, functions: list[Callable], *checks: Check) -> None:
             print(f"➖ {check.__doc__} Not written yet.")
         except AssertionError as error:
             print(f"❌ {check.__doc__} {error}")
+        except Exception as error:  # the answer's own: the other checks still run
+            print(f"❌ {check.__doc__} {_raised(error)}")
         else:
-            gained += check.points
+            if why := in_vain(check, passed):
+                print(f"❌ {check.__doc__} {why}")
+                continue
+            passed.append(check)
             print(f"✅ {check.__doc__} {said or ''}".rstrip())
-    print(f"{gained} / {sum(check.points for check in checks)}")
+    print(f"{sum(check.points for check in passed)} / {sum(check.points for check in checks)}")
 
 
-def close(actual: object, expected: object, what: str, tolerance: float = 1e-4) -> None:
+def _raised(error: Exception) -> str:
+    """An exception in one line, with the last place in code that is no library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"It raised {type(error).__name__}: {error} (line {own[-1].lineno} of the cell, in {own[-1].name})"
+
+
+def typed(actual: object, dtype: torch.dtype, what: str) -> None:
+    """Raise AssertionError unless `actual` is a tensor of this dtype."""
+    assert isinstance(actual, Tensor), f"{what} should be a tensor, not {type(actual).__name__}."
+    assert actual.dtype == dtype, f"{what} should be {str(dtype)[6:]}, not {str(actual.dtype)[6:]}."
+
+
+def close(actual: object, expected: object, what: str, tolerance: float = 1e-4, ask: str = "") -> None:
     """Raise AssertionError unless `actual` is a tensor (or number) of the expected shape and about its values.
 
+    ask: what to ask oneself where values are wrong.
     tolerance: relative to the largest expected value: float32 sums over a few hundred terms agree to about 1e-6.
     """
     expected = torch.as_tensor(expected)
@@ -65,7 +95,13 @@ def close(actual: object, expected: object, what: str, tolerance: float = 1e-4) 
     assert actual.isfinite().all(), f"{what} holds NaN or inf."
     limit = tolerance * expected.abs().max().clamp(min=math.ulp(1.0)) if expected.numel() else 0.0
     wrong = ((actual - expected).abs() > limit).sum()
-    assert not wrong, f"{what} is wrong in {wrong} of {expected.numel()} places."
+    assert not wrong, f"{what} is wrong in {wrong} of {expected.numel()} places. {ask}".rstrip()
+
+
+def output_error(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+    """Relative squared error at the output of a layer [out, in] for inputs [tokens, in]."""
+    weight, approximation, inputs = weight.double(), approximation.double(), inputs.double()
+    return (((approximation - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()).item()
 
 
 def pair(result: object, what: str, count: int = 2) -> tuple:

@@ -33,6 +33,10 @@ def mark_all(lab: str, place: Path, secret: str, folder: Path) -> list[grade.Mar
     for file in submissions(place):
         marks.append(grade.mark(file, chosen, checker, secret))
         print(f"{marks[-1].gained:>4} / {marks[-1].points}  {marks[-1].student}  ({file.name})", flush=True)
+    for one in marks:
+        namesakes = [other.file for other in marks if other.student == one.student and other is not one]
+        if namesakes:
+            one.notes.append(f"The same student as in {', '.join(namesakes)}.")
     sheet.write(folder, marks)
     return marks
 
@@ -50,7 +54,10 @@ def main() -> None:
     if arguments.command == "grade":
         folder = work_folder() / "grades" / arguments.lab
         secret = hashlib.sha256(arguments.secret.encode()).hexdigest() if arguments.secret else ""
-        mark_all(arguments.lab, arguments.place or master.student_file(arguments.lab), secret, folder)
+        try:
+            mark_all(arguments.lab, arguments.place or master.student_file(arguments.lab), secret, folder)
+        except FileNotFoundError as error:
+            sys.exit(str(error))
         print(f"\n{shown(folder)}/sheet.html, sheet.csv, sheet.json")
         return
     stale = (master if arguments.command == "write" else trials).write(check=arguments.check)

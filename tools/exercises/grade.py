@@ -7,18 +7,19 @@ other draws. Each answer runs in a process of its own (`tools.exercises.sandbox`
 import ast
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from common.course.exercises import Check, generator
+from common.course.exercises import Check, generator, in_vain
 from tools.exercises.master import Master, Task, notebook
-from tools.exercises.rules import broken
+from tools.exercises.rules import broken, replaced
 from tools.exercises.sandbox import GIB, Sandbox, Stopped
 
 HIDDEN = 3  # draws of a check's inputs that only the instructor knows
+PLACEHOLDER, EXAMPLE = "your name or number", 'STUDENT = "b12345678"'
 SECONDS, MEMORY = 20.0, 2 * GIB  # for one call of an answer's function
 
 
@@ -109,6 +110,18 @@ def run_check(check: Check, functions: list[Callable], who: str, secret: str) ->
     return Mark(check.__doc__, check.points, check.points)
 
 
+def run_checks(checks: list[Check], functions: list[Callable], who: str, secret: str) -> list[Mark]:
+    """A mark for each check; some give their points only after another gave its own."""
+    marks, passed = [], []
+    for check in checks:
+        mark = run_check(check, functions, who, secret)
+        why = in_vain(check, passed) if mark.gained else ""
+        if mark.gained and not why:
+            passed.append(check)
+        marks.append(replace(mark, gained=0, message=why) if why else mark)
+    return marks
+
+
 def mark_task(master: Master, checker: Checker, task: Task, cell: str, who: str, secret: str, **limits) -> TaskMarks:
     """Marks for one task's cell."""
     made = TaskMarks(task.name, task.title)
@@ -121,7 +134,7 @@ def mark_task(master: Master, checker: Checker, task: Task, cell: str, who: str,
     try:
         with Sandbox(master.before(task), cell, **allowed) as sandbox:
             functions = [_remote(sandbox, name) for name in wanted]
-            made.marks = [run_check(check, functions, who, secret) for check in checks]
+            made.marks = run_checks(checks, functions, who, secret)
             if sandbox.stopped:
                 made.notes.append(sandbox.stopped)
     except (AssertionError, NotImplementedError) as error:  # the cell itself, before any call
@@ -145,9 +158,14 @@ def mark(file: Path, master: Master, checker: Checker, secret: str = "", **limit
     found: dict[str, list[str]] = {}
     for cell in cells:
         found.setdefault(_id(cell), []).append(cell.source)
-    who = _student(cells) or file.stem
     tasks = []
     original = {cell.id: cell.source for cell in notebook(master, solutions=False).cells}
+    who, told = _student(cells)
+    if not who:
+        who = file.stem
+        told += f" The file's name ({who}) stands in, so the inputs are not those of the notebook."
+    notes += [told.strip()] if told else []
+    notes += _elsewhere(cells, original)
     for task in master.tasks.values():
         answers, tests = (found.get(f"{kind}-{task.name}", []) for kind in ("solution", "test"))
         marks = mark_task(master, checker, task, answers[0] if len(answers) == 1 else "", who, secret, **limits)
@@ -167,13 +185,28 @@ def _id(cell) -> str:
     return cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", "")
 
 
-def _student(cells: list) -> str:
-    """The value of STUDENT in the cell that asks for it; "" where it is not there, or no plain text."""
-    for cell in cells:
-        if "student" in cell.metadata.get("tags", []):
-            try:
-                (statement,) = ast.parse(cell.source).body
-                return str(ast.literal_eval(statement.value))
-            except (SyntaxError, ValueError, AttributeError):
-                return ""
-    return ""
+def _student(cells: list) -> tuple[str, str]:
+    """The value of STUDENT, "" where there is none to be found, and what is to be told of its cell."""
+    sources = [cell.source for cell in cells if "student" in cell.metadata.get("tags", [])]
+    if not sources:
+        return "", "There is no cell with STUDENT." if cells else ""
+    name, others = "", False
+    try:
+        for statement in ast.parse(sources[0]).body:
+            match statement:
+                case ast.Assign([ast.Name("STUDENT")], ast.Constant(str() | int() as value)):
+                    name = str(value).strip()
+                case _:
+                    others = True
+    except SyntaxError:
+        return "", "The cell with STUDENT is not Python."
+    if name in ("", PLACEHOLDER):
+        return "", f"The cell with STUDENT gives no name: it should hold one line, such as {EXAMPLE}."
+    return name, "The cell with STUDENT should hold this one line; what else it holds was not run." if others else ""
+
+
+def _elsewhere(cells: list, original: dict[str, str]) -> list[str]:
+    """What cells other than answers replace of what others use: harmless, since only answers run, but told."""
+    own = (cell for cell in cells if cell.cell_type == "code" and not _id(cell).startswith("solution-"))
+    names = {name for cell in own if cell.source != original.get(_id(cell)) for name in replaced(cell.source)}
+    return [f"A cell that is no answer replaces {name}; it was not run." for name in sorted(names)]

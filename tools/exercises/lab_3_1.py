@@ -3,16 +3,16 @@
 # %% markdown
 # # Lab 3.1 練習：親手寫出量化
 #
-# 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 相同。每題有四格：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。
+# 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 相同。每題有四格（第 8 題多一個給你的函式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。
 #
 # **規則**
 #
-# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動有編號的格子，其他格的內容不計分。
+# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動題目原有的格子。其他格不會執行：輔助函式與 import 也要寫在答案那一格裡，`STUDENT` 那一格只能有一行。
 # - 答案裡只能匯入 torch、numpy、math 這一類套件。從 `common` 匯入現成的答案不給分。
 # - 測試的輸入由 `STUDENT` 抽出，每個人不同；教師另有一組你看不到的輸入。訊息會說哪裡不對，不會說答案。
 # - 後面的題目用到前面的函式時，批改用的是參考解答：同一個錯只扣一次分。
 #
-# 批改：`make grade LAB=3.1`。
+# 批改：`make grade LAB=3.1`，別處的檔案加 `FROM=路徑`。
 
 # %% student
 STUDENT = "your name or number"
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 # %% checker
-from common.course.exercises import close, pair, try_out, worth
+from common.course.exercises import close, output_error, pair, try_out, typed, worth
+from common.course.exercises_3_1 import awq_errors, awq_weights, hessian_patient, log_patient, nearest_codes
 from common.formats import gptq as gptq_files
 from common.formats.packing import pack_rows
 from common.methods import quantization
@@ -43,22 +44,22 @@ def correlated(tokens, features, rng):
     return (gaussian(tokens, features // 2, rng=rng) @ mixing.T + 0.3 * gaussian(tokens, features, rng=rng)) * sizes
 
 
-def output_error(weight, approximation, inputs):
-    """Relative squared error at a layer's output."""
-    weight, approximation, inputs = weight.double(), approximation.double(), inputs.double()
-    return (((approximation - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()).item()
-
-
 def spread(weight, bits, group_size):
     """Scale and zero point of every column [out, in], from the course's grid."""
     grid = quantization.find_grid(weight, QuantizeConfig(bits, group_size, mse=False))
     return grid.scale.repeat_interleave(group_size, 1), grid.zero.repeat_interleave(group_size, 1)
 
 
+def proper_codes(codes, weight, bits):
+    typed(codes, torch.uint8, "The codes")
+    close(codes, torch.zeros_like(weight), "codes", tolerance=math.inf)  # the shape alone
+    outside = (codes >= 2**bits).sum()
+    assert not outside, f"Codes must lie between 0 and 2**bits − 1; {outside} of {codes.numel()} do not."
+
+
 def run_gptq(function, weight, matrix, bits, group_size, scale, zero):
     codes = function(weight, matrix, scale, zero, bits)
-    close(codes, torch.zeros_like(weight), "codes", tolerance=math.inf)  # the shape alone
-    assert codes.max() < 2**bits, "A code is out of range."
+    proper_codes(codes, weight, bits)
     return codes, (codes.float() - zero) * scale
 
 
@@ -99,7 +100,7 @@ def decoded(find_grid, w, bits):
     assert scale.shape == zero.shape == (), "scale and zero should have no dimensions: one of each for the group."
     assert scale > 0, "scale should be positive."
     assert zero == zero.round(), "The zero point should be a whole number."
-    return scale, zero, ((w / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+    return scale, zero, (nearest_codes(w, scale, zero, bits) - zero) * scale
 
 
 @worth(2)
@@ -112,7 +113,7 @@ def covers_the_weights(find_grid, rng):
         assert scale * (2**bits - 1) <= 1.001 * (w.max() - w.min()), f"With {bits} bits the grid is wider than needed."
 
 
-@worth(2)
+@worth(2, after=covers_the_weights)
 def zero_is_a_point(find_grid, rng):
     """Zero is a point of the grid, also where all weights are positive or all are negative."""
     for sign in (1, -1):
@@ -122,7 +123,7 @@ def zero_is_a_point(find_grid, rng):
         assert (approximation - w).abs().max() <= 1.001 * scale, "A weight lies outside of the grid."
 
 
-@worth(1)
+@worth(1, after=covers_the_weights)
 def group_of_zeros(find_grid, rng):
     """A group of zeros stays zero, without NaN."""
     _, _, approximation = decoded(find_grid, torch.zeros(16), 4)
@@ -172,8 +173,7 @@ def nearest_code(encode, decode, rng):
         grid = quantization.find_grid(weight, QuantizeConfig(bits, group_size, mse=False))
         weight = weight * 1.3  # some lie outside of the grid now
         codes = encode(weight, grid.scale, grid.zero, group_size, bits)
-        assert isinstance(codes, Tensor) and codes.dtype == torch.uint8, "Codes should be uint8."
-        close(codes, codes.clamp(max=2**bits - 1), "codes (range)")
+        proper_codes(codes, weight, bits)
         group = torch.arange(32) // group_size
         each = [(weight - grid.decode(torch.full_like(weight, c), group)).abs() for c in range(2**bits)]
         chosen = (weight - grid.decode(codes.float(), group)).abs()
@@ -189,7 +189,7 @@ def back_again(encode, decode, rng):
     close(decode(codes, grid.scale, grid.zero, 8), grid.decode(codes.float(), torch.arange(32) // 8), "decode")
 
 
-@worth(1)
+@worth(1, after=nearest_code)
 def fewer_bits_do_badly(encode, decode, rng):
     """Ablation: two bits err more than ten times as much as four."""
     weight, errors = gaussian(16, 64, rng=rng), []
@@ -248,8 +248,8 @@ def as_the_format_has_it(pack, unpack, rng):
     """Packed as GPTQ's files are: along the inputs, the first code in the lowest bits."""
     codes = some_codes(rng)
     words = pack(codes)
+    typed(words, torch.int32, "Packed codes")
     close(words, pack_rows(codes, 4), "pack", tolerance=0)
-    assert words.dtype == torch.int32, "Packed codes should be int32."
 
 
 @worth(2)
@@ -258,8 +258,8 @@ def unpacks(pack, unpack, rng):
     codes = some_codes(rng)
     codes[7::8] |= 8
     found = unpack(pack_rows(codes, 4))
+    typed(found, torch.uint8, "Unpacked codes")
     close(found, codes, "unpack", tolerance=0)
-    assert found.dtype == torch.uint8, "Unpacked codes should be uint8."
 
 
 @worth(1)
@@ -267,6 +267,7 @@ def half_the_bytes(pack, unpack, rng):
     """There and back nothing is lost, and in between it takes half the bytes."""
     codes = some_codes(rng, 64, 3)
     words = pack(codes)
+    typed(words, torch.int32, "Packed codes")
     close(unpack(words), codes, "unpack(pack(codes))", tolerance=0)
     assert 2 * words.nbytes == codes.nbytes, "The packed tensor does not take half the bytes."
 
@@ -276,9 +277,9 @@ try_out(STUDENT, [pack, unpack], as_the_format_has_it, unpacks, half_the_bytes)
 # %% markdown hessian
 # ## 4 · 由激活值算 Hessian · {points} 分 · 10 分鐘
 #
-# 一層的輸出誤差 $\lVert\Delta W X\rVert^2$ 對權重的曲率是 $H=\tfrac{2}{n}X^\top X$，n 是**所有** token 的個數。校準資料分批來，每批 [batch, seqlen, in]，批的大小不同：不要存下激活值，邊看邊累加。
+# 一層的輸出誤差 $\lVert X\Delta W^\top\rVert^2$（X 是 [n, in]）對權重的曲率是 $H=\tfrac{2}{n}X^\top X$，n 是**所有** token 的個數。校準資料分批來，每批 [batch, seqlen, in]，批的大小不同：不要存下激活值，邊看邊累加。
 #
-# 期望：怎麼分批，H 都一樣；$\mathrm{tr}(\Delta W H \Delta W^\top)$ 等於 $\tfrac{2}{n}\lVert\Delta W X\rVert^2$。
+# 期望：怎麼分批，H 都一樣；$\mathrm{tr}(\Delta W H \Delta W^\top)$ 等於 $\tfrac{2}{n}\lVert X\Delta W^\top\rVert^2$。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -314,10 +315,10 @@ def right_matrix(hessian, rng):
     statistic = Hessian(12, batches[0])
     for batch in batches:
         statistic.add(batch.flatten(0, 1))
-    close(hessian(batches), statistic.matrix, "H")
+    close(hessian(batches), statistic.matrix, "H", ask="Is it 2/n, n all tokens?")
 
 
-@worth(2)
+@worth(2, after=right_matrix)
 def any_batches(hessian, rng):
     """How the tokens are cut into batches does not matter."""
     everything = torch.cat(some_batches(rng))
@@ -325,7 +326,7 @@ def any_batches(hessian, rng):
     close(hessian([everything.transpose(0, 1)]), hessian([everything]), "H of the same tokens in another order")
 
 
-@worth(1)
+@worth(1, after=right_matrix)
 def is_the_curvature(hessian, rng):
     """tr(ΔW·H·ΔWᵀ) is the error at the output."""
     batches, change = some_batches(rng), gaussian(4, 12, rng=rng)
@@ -341,7 +342,7 @@ try_out(STUDENT, [hessian], right_matrix, any_batches, is_the_curvature)
 #
 # 最左邊的一欄 $w_0$ 被換成 $q$（捨入之後的值）。其餘的欄該怎麼改，才使輸出誤差 $\mathrm{tr}(\Delta W H\Delta W^\top)$ 最小？給你 `weight` [out, n]、`column` [out]（換成的值）與**這 n 欄的** $H^{-1}$，傳回其餘的欄 [out, n − 1]。
 #
-# 期望：你的解是最小值，在其餘的欄上梯度是 0；每列的誤差是只捨入不補償的 0.9 倍以下。消融：輸入彼此無關時（$H$ 是對角矩陣）沒有東西可補。
+# 期望：你的解是最小值，在其餘的欄上梯度是 0；輸出誤差（全部的列加起來）不到只捨入、不補償的 0.9 倍。消融：輸入彼此無關時（$H$ 是對角矩陣）沒有東西可補。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -382,7 +383,7 @@ def best_answer(update, rng):
 
 @worth(2)
 def pays(update, rng):
-    """The output error falls to 0.9 times or less of that without the update."""
+    """The output error of all rows together falls to less than 0.9 times that without the update."""
     inputs = correlated(200, 10, rng)
     weight, changed, _ = one_step(update, inputs, rng)
     alone = torch.cat((changed[:, :1], weight[:, 1:]), 1)
@@ -391,7 +392,7 @@ def pays(update, rng):
     return f"{ratio:.2f} times."
 
 
-@worth(1)
+@worth(1, after=best_answer)
 def nothing_to_gain(update, rng):
     """Ablation: where inputs have nothing to do with one another, nothing changes."""
     weight = gaussian(6, 8, rng=rng)
@@ -411,7 +412,7 @@ try_out(STUDENT, [update], best_answer, pays, nothing_to_gain)
 # %% markdown
 # <details><summary>💡 提示</summary>
 #
-# 捨入第 i 欄之後，$H^{-1}$ 也要換成「其餘各欄的」反矩陣。最直接的寫法是每一步都做一次消去：$H^{-1}\leftarrow H^{-1}-\frac{[H^{-1}]_{:,i}[H^{-1}]_{i,:}}{[H^{-1}]_{ii}}$。更快的是一次 Cholesky：$H^{-1}=U^\top U$，U 是上三角，它的第 i 列就是消去 i 欄之後的第 i 列除以對角元素的平方根，所以誤差除以 $U_{ii}$、更新用 $U_{i,i+1:}$。
+# 捨入第 i 欄之後，$H^{-1}$ 也要換成「其餘各欄的」反矩陣。最直接的寫法是每一步都做一次消去：$H^{-1}\leftarrow H^{-1}-\frac{[H^{-1}]_{:,i}[H^{-1}]_{i,:}}{[H^{-1}]_{ii}}$。更快的是一次 Cholesky：$H^{-1}=U^\top U$，U 是上三角，它的第 i 列，就是消去前 i 欄（第 0 到 i − 1 欄）之後 $H^{-1}$ 的第 i 列，除以當時對角元素的平方根。所以誤差 $e=(w_i-q)/U_{ii}$，更新是減去 $e\,U_{i,i+1:}$。
 #
 # </details>
 
@@ -440,7 +441,10 @@ def as_the_course(gptq, rng):
     matrix = 2 / len(inputs) * inputs.T @ inputs
     codes, _ = run_gptq(gptq, weight, matrix, 4, 16, *spread(weight, 4, 16))
     same = agreement(codes, weight, matrix, 4, 16, desc_act=False)
-    assert same >= 0.98, f"Only {same:.0%} are the same: is each column's error divided and passed on to all after it?"
+    assert same >= 0.98, (
+        f"Only {same:.0%} are the same: is each column's error divided and passed on to all after it? "
+        "Are damping and sign right?"
+    )
     return f"{same:.1%}."
 
 
@@ -450,7 +454,7 @@ def better_than_rounding(gptq, rng):
     inputs, weight = correlated(300, 32, rng), gaussian(24, 32, rng=rng)
     scale, zero = spread(weight, 3, 16)
     _, ours = run_gptq(gptq, weight, 2 / len(inputs) * inputs.T @ inputs, 3, 16, scale, zero)
-    rounded = ((weight / scale + zero).round().clamp(0, 7) - zero) * scale
+    rounded = (nearest_codes(weight, scale, zero, 3) - zero) * scale
     ratio = output_error(weight, ours, inputs) / output_error(weight, rounded, inputs)
     assert ratio < 0.8, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
@@ -467,13 +471,13 @@ def damping(gptq, rng):
     assert same >= 0.95, f"Only {same:.0%} of the codes are those of the course's GPTQ."
 
 
-@worth(1)
+@worth(1, after=as_the_course)
 def diagonal_is_rounding(gptq, rng):
     """Ablation: with a diagonal H it is RTN."""
     weight = gaussian(8, 16, rng=rng)
     scale, zero = spread(weight, 4, 8)
     codes, _ = run_gptq(gptq, weight, torch.diag(torch.rand(16, generator=rng) + 0.5), 4, 8, scale, zero)
-    close(codes, (weight / scale + zero).round().clamp(0, 15), "codes", tolerance=0)
+    close(codes, nearest_codes(weight, scale, zero, 4), "codes", tolerance=0)
 
 
 try_out(STUDENT, [gptq], as_the_course, better_than_rounding, damping, diagonal_is_rounding)
@@ -493,7 +497,7 @@ try_out(STUDENT, [gptq], as_the_course, better_than_rounding, damping, diagonal_
 # </details>
 
 
-# %% solution act_order needs=gptq
+# %% solution act_order
 def gptq_act_order(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Like `gptq`, columns with the largest activations first; codes are in the weight's own order."""
     ### BEGIN SOLUTION
@@ -512,7 +516,9 @@ def as_the_course_orders(gptq_act_order, rng):
     matrix = 2 / len(inputs) * inputs.T @ inputs
     codes, _ = run_gptq(gptq_act_order, weight, matrix, 4, 16, *spread(weight, 4, 16))
     same = agreement(codes, weight, matrix, 4, 16, desc_act=True)
-    assert same >= 0.98, f"Only {same:.0%} are the same."
+    assert same >= 0.98, (
+        f"Only {same:.0%} are the same: are H's rows and columns, scale and zero all reordered, and the codes put back?"
+    )
     return f"{same:.1%}."
 
 
@@ -536,20 +542,13 @@ try_out(STUDENT, [gptq_act_order], as_the_course_orders, helps_with_outliers)
 # %% markdown awq
 # ## 8 · AWQ 的縮放搜尋 (Scale search) · {points} 分 · 30 分鐘
 #
-# 輸入通道 j 的權重乘上 $s_j=\overline{|x_j|}^{\,\alpha}$ 再捨入，推論時把 $s_j$ 除回來：數學上什麼都沒變，但激活值大的通道捨入得比較細。對 `alphas` 裡的每個 α 捨入一次，傳回輸出誤差 $\lVert(\hat W-W)X\rVert^2$ 最小的 α，以及它的 $\hat W$。`quantized(weight, bits, group_size)`（已經給你）捨入到格點再還原。
+# 輸入通道 j 的權重乘上 $s_j=\overline{|x_j|}^{\,\alpha}$（先對 token 平均，再取 α 次方）再捨入，推論時把 $s_j$ 除回來：數學上什麼都沒變，但激活值大的通道捨入得比較細。對 `alphas` 裡的每個 α 捨入一次，傳回輸出誤差 $\lVert X(\hat W-W)^\top\rVert^2$（X 是 [n, in]）最小的 α（傳回 `alphas` 裡的那個數：float，不是張量），以及它的 $\hat W$。`quantized(weight, bits, group_size)`（已經給你）捨入到格點再還原。
 #
 # 期望：有大通道時選到的 α 大於 0，誤差不到 α = 0 的 0.9 倍。消融：通道一樣大時，AWQ 幾乎沒有好處。
 
 
 # %% given
-def quantized(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """`weight` [out, in] rounded to the grid of each of its groups."""
-    w = weight.reshape(len(weight), -1, group_size)
-    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-7)
-    zero = (-low / scale).round()
-    return (((w / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale).reshape(weight.shape)
-
+from common.course.exercises_given import quantized
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -578,17 +577,14 @@ def awq(weight: Tensor, inputs: Tensor, alphas: list[float], bits: int, group_si
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-def awq_errors(awq, inputs, rng, alphas):
+def chosen(awq, inputs, rng, alphas):
     """The chosen α, its error and, for each α, what the error would be; all at the output."""
     weight = gaussian(32, inputs.shape[1], rng=rng)
-    errors = {}
-    for alpha in alphas:
-        scale = inputs.abs().mean(0) ** alpha
-        errors[alpha] = output_error(weight, quantized(weight * scale, 3, 16) / scale, inputs)
     alpha, approximation = pair(awq(weight, inputs, alphas, 3, 16), "awq")
-    assert alpha in errors, "α should be one of those given."
+    assert isinstance(alpha, float), f"α should be a float out of `alphas`, not {type(alpha).__name__}."
+    assert alpha in alphas, "α should be one of those given."
     close(approximation, weight, "the weights", tolerance=math.inf)  # the shape alone
-    return alpha, output_error(weight, approximation, inputs), errors
+    return alpha, output_error(weight, approximation, inputs), awq_errors(weight, inputs, alphas)
 
 
 @worth(3)
@@ -597,7 +593,7 @@ def best_of_all(awq, rng):
     for _ in range(3):
         inputs = gaussian(200, 32, rng=rng) * torch.linspace(-2, 2, 32).exp()
         order = torch.randperm(5, generator=rng).tolist()
-        alpha, _, errors = awq_errors(awq, inputs, rng, [ALPHAS[i] for i in order])
+        alpha, _, errors = chosen(awq, inputs, rng, [ALPHAS[i] for i in order])
         assert errors[alpha] <= 1.001 * min(errors.values()), "Another α has a lower error at the output."
 
 
@@ -605,16 +601,22 @@ def best_of_all(awq, rng):
 def weights_of_that_alpha(awq, rng):
     """The weights returned are those that inference sees with this α."""
     inputs = gaussian(200, 32, rng=rng) * torch.linspace(-2, 2, 32).exp()[torch.randperm(32, generator=rng)]
-    alpha, error, errors = awq_errors(awq, inputs, rng, ALPHAS)
+    seldom = inputs * torch.where(torch.rand(200, 32, generator=rng) < torch.linspace(0.1, 1, 32), 1, 0)
+    weight = gaussian(32, 32, rng=rng)
+    _, found = pair(awq(weight, seldom, [0.5], 3, 16), "awq")
+    close(found, weight, "the weights", tolerance=math.inf)  # the shape alone
+    right, swapped = ((awq_weights(weight, seldom, 0.5, first) - found).abs().mean() for first in (False, True))
+    assert right <= 2 * swapped, "With α = 0.5: s is the power of the mean over tokens, not the mean of powers."
+    alpha, error, errors = chosen(awq, inputs, rng, ALPHAS)
     assert abs(error - errors[alpha]) <= 0.01 * errors[alpha], "They err otherwise: is s divided out, and rounded once?"
     assert error < 0.9 * errors[0.0], "The error is not below 0.9 times that of α = 0."
     return f"α = {alpha}: {error / errors[0.0]:.2f} times the error of α = 0."
 
 
-@worth(1)
+@worth(1, after=best_of_all)
 def equal_channels(awq, rng):
     """Ablation: where all channels are equally large, less than a tenth is gained."""
-    _, error, errors = awq_errors(awq, gaussian(500, 32, rng=rng), rng, ALPHAS)
+    _, error, errors = chosen(awq, gaussian(500, 32, rng=rng), rng, ALPHAS)
     assert 0.9 * errors[0.0] < error <= 1.001 * errors[0.0], "The gain is not as expected."
 
 
@@ -631,6 +633,12 @@ try_out(STUDENT, [awq], best_of_all, weights_of_that_alpha, equal_channels)
 # <details><summary>💡 提示</summary>
 #
 # 一個群組是一列之中的 `group_size` 個輸入，所以一個矩陣有 out × in / group_size 個群組。位元數乘個數再除以 8。
+#
+# </details>
+#
+# <details><summary>最後那一問的答案</summary>
+#
+# 群組大小 32 時，每個權重是 4 位元的 code，加上攤到 32 個權重上的零點與縮放因子：$4+\tfrac{4+16}{32}=4.625$ 位元，是 16 位元的 0.289 倍，約 1/3.5。`g_idx` 再加 32 / out 位元，矩陣夠高時看不出來；沒有量化的參數則會讓整個檔案更大。
 #
 # </details>
 
@@ -681,7 +689,7 @@ try_out(STUDENT, [checkpoint_bytes], to_the_byte, the_others)
 # %% markdown foreign
 # ## 10 · 讀別人的檔案 (The other zero-point convention) · {points} 分 · 20 分鐘
 #
-# GPTQ 的 v1 檔案存「零點減 1」，v2 存零點本身，而檔案不一定說它是哪一種。給你 `codes` [out, in]、存著的 `stored` [out, groups] 與 `scale` [out, groups]，判斷是 v1 還是 v2（傳回 1 或 2），並還原權重。
+# GPTQ 的 v1 檔案存「零點減 1」，v2 存零點本身，而檔案不一定說它是哪一種。給你 `codes` [out, in]、存著的 `stored` [out, groups] 與 `scale` [out, groups]，判斷是 v1 還是 v2（傳回 1 或 2），並還原權重。`stored` 是 int32，v1 的可能是 −1；平均之前先轉成浮點數。
 #
 # 期望：訓練出來的權重平均值幾乎是 0，讀錯慣例則每個權重都偏一格。消融：用錯的慣例讀，相對誤差大於 1 %。
 
@@ -744,6 +752,8 @@ try_out(STUDENT, [read_foreign], tells_them_apart, reads_them)
 # - `"log"`：`nll`（總和，nats）、`tokens`、`words`、`perplexity`。病名 `"per word"`：困惑度除錯了分母（Llama-2-7B 的 5.47 因此變成 8.71）。治好的是每個 token 的困惑度。
 #
 # 沒病的傳回 `"healthy"`，`mend` 則原樣傳回那個量。
+#
+# 期望：零點差一格的兩個方向都治得好，沒病的不誤診。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -788,25 +798,12 @@ def layer_patient(rng, steps):
     return {"kind": "layer", "weight": made.dequantize() + steps * scale, "scale": scale}, made.dequantize()
 
 
-def hessian_patient(rng, dead):
-    inputs = gaussian(100, 12, rng=rng) * torch.linspace(0.1, 2, 12)
-    inputs[:, torch.randperm(12, generator=rng)[:dead]] = 0
-    return {"kind": "hessian", "hessian": inputs.T @ inputs / 50}
-
-
-def log_patient(rng, sick):
-    tokens = int(torch.randint(20_000, 90_000, (), generator=rng))
-    words, nll = round(tokens / 1.274), tokens * (1.5 + torch.rand((), generator=rng).item())
-    shown = math.exp(nll / (words if sick else tokens))
-    return {"kind": "log", "nll": nll, "tokens": tokens, "words": words, "perplexity": round(shown, 2)}
-
-
 @worth(3)
 def zero_points(diagnose, mend, rng):
     """Zero points off by one, either way, are found and mended; healthy layers are left alone."""
     for steps, name in ((1, "zeros"), (0, "healthy"), (-1, "zeros")):
         patient, weight = layer_patient(rng, steps)
-        assert diagnose(patient) == name, f"A layer that is {'ill' if steps else 'healthy'} was called otherwise."
+        assert diagnose(patient) == name, f"With zero points off by {steps}, diagnose gave the wrong name."
         close(mend(patient), weight, "the mended weights", tolerance=1e-3)
 
 
@@ -814,13 +811,11 @@ def zero_points(diagnose, mend, rng):
 def singular_hessians(diagnose, mend, rng):
     """A Hessian with dead channels is found, and can be factorized once mended."""
     for dead in (1, 0, 3):
-        patient = hessian_patient(rng, dead)
-        before = patient["hessian"]
-        assert diagnose(patient) == ("singular" if dead else "healthy"), f"With {dead} dead channels: not so."
+        patient, wanted = hessian_patient(rng, dead)
+        named = diagnose(patient) == ("singular" if dead else "healthy")
+        assert named, f"With {dead} dead channel(s), diagnose gave the wrong name."
         after = mend(patient)
-        diagonal = before.diagonal()
-        wanted = torch.where(diagonal == 0, diagonal[diagonal > 0].mean(), diagonal)
-        close(after, before - torch.diag(diagonal) + torch.diag(wanted), "the mended Hessian")
+        close(after, wanted, "the mended Hessian")
         assert not torch.linalg.cholesky_ex(after).info, "The mended Hessian is still not positive definite."
 
 
@@ -828,9 +823,10 @@ def singular_hessians(diagnose, mend, rng):
 def logs(diagnose, mend, rng):
     """A perplexity per word is told from one per token, and mended."""
     for sick in (True, False):
-        patient = log_patient(rng, sick)
-        assert diagnose(patient) == ("per word" if sick else "healthy"), "A log was misjudged."
-        close(mend(patient), math.exp(patient["nll"] / patient["tokens"]), "the perplexity", tolerance=2e-3)
+        patient, wanted = log_patient(rng, sick)
+        named = diagnose(patient) == ("per word" if sick else "healthy")
+        assert named, f"With a perplexity per {'word' if sick else 'token'}, diagnose gave the wrong name."
+        close(mend(patient), wanted, "the perplexity", tolerance=2e-3)
 
 
 try_out(STUDENT, [diagnose, mend], zero_points, singular_hessians, logs)

@@ -3,16 +3,16 @@
 # %% markdown
 # # Lab 3.2 練習：親手寫出剪枝
 #
-# 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 大致相同。每題有四格：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。遮罩 (mask) 一律是布林矩陣 [out, in]，True 的權重留下。
+# 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 大致相同。每題有四格（第 7 題多一格給你的函式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。遮罩 (mask) 一律是布林矩陣 [out, in]，True 的權重留下。
 #
 # **規則**
 #
-# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動有編號的格子，其他格的內容不計分。
+# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動題目原有的格子。其他格不會執行：輔助函式與 import 也要寫在答案那一格裡，`STUDENT` 那一格只能有一行。
 # - 答案裡只能匯入 torch、numpy、math 這一類套件。從 `common` 匯入現成的答案不給分。
 # - 測試的輸入由 `STUDENT` 抽出，每個人不同；教師另有一組你看不到的輸入。訊息會說哪裡不對，不會說答案。
 # - 後面的題目用到前面的函式時，批改用的是參考解答：同一個錯只扣一次分。
 #
-# 批改：`make grade LAB=3.2`。
+# 批改：`make grade LAB=3.2`，別處的檔案加 `FROM=路徑`。
 
 # %% student
 STUDENT = "your name or number"
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 # %% checker
-from common.course.exercises import close, pair, try_out, worth
+from common.course.exercises import close, output_error, pair, try_out, typed, worth
+from common.course.exercises_3_2 import best_without, linear_sparsities, pruning_error, two_of_four
 from common.formats import sparse as sparse_files
 from common.methods import pruning
 
@@ -38,12 +39,6 @@ def correlated(tokens, features, rng, share=2):
     mixing = gaussian(features, features // share, rng=rng)
     sizes = torch.linspace(-1, 1, features).exp()[torch.randperm(features, generator=rng)]
     return (gaussian(tokens, features // share, rng=rng) @ mixing.T + 0.3 * gaussian(tokens, features, rng=rng)) * sizes
-
-
-def output_error(weight, approximation, inputs):
-    """Relative squared error at a layer's output."""
-    weight, approximation, inputs = weight.double(), approximation.double(), inputs.double()
-    return (((approximation - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()).item()
 
 
 def a_mask(mask, shape):
@@ -97,7 +92,7 @@ def smallest_go(magnitude_mask, rng):
         )
 
 
-@worth(1)
+@worth(1, after=smallest_go)
 def exactly_so_many(magnitude_mask, rng):
     """Exactly round(sparsity · n) go, also where all weights are equal."""
     for weight in (gaussian(5, 7, rng=rng), torch.full((5, 7), -0.5)):
@@ -158,7 +153,7 @@ def beats_magnitude(wanda_mask, rng):
     return f"{ratio:.2f} times."
 
 
-@worth(1)
+@worth(1, after=as_the_course_masks)
 def equal_channels(wanda_mask, rng):
     """Ablation: where all channels are equally large, it is magnitude pruning row by row."""
     weight, inputs = gaussian(8, 20, rng=rng), gaussian(5, 1, rng=rng).expand(5, 20)
@@ -205,7 +200,7 @@ def best_of_every_group(nm_mask, rng):
         assert (mask == best).all(), f"Some group of {m} does not keep the {n} highest."
 
 
-@worth(1)
+@worth(1, after=best_of_every_group)
 def freedom_is_worth_something(nm_mask, rng):
     """Ablation: the tighter the pattern, the less of the scores stays."""
     scores = gaussian(64, 64, rng=rng).abs()
@@ -260,10 +255,11 @@ def as_the_course_updates(sparsegpt, rng):
     """The weights are those of the course's own SparseGPT with this mask."""
     _, weight, matrix, mask = a_layer(rng)
     reference, _ = pruning.sparsegpt(weight, matrix, lambda _, columns: mask[:, columns])
-    close(sparsegpt(weight, matrix, mask), reference, "the weights", tolerance=1e-3)
+    ask = "Is each column's error divided and passed on to all after it? Are damping and sign right?"
+    close(sparsegpt(weight, matrix, mask), reference, "the weights", tolerance=1e-3, ask=ask)
 
 
-@worth(2)
+@worth(2, after=as_the_course_updates)
 def zeros_are_zero(sparsegpt, rng):
     """What goes is exactly zero; nothing else is."""
     _, weight, matrix, mask = a_layer(rng)
@@ -284,7 +280,7 @@ def pays(sparsegpt, rng):
     return f"{ratio:.2f} times."
 
 
-@worth(1)
+@worth(1, after=as_the_course_updates)
 def diagonal(sparsegpt, rng):
     """Ablation: with a diagonal H, what stays is not changed."""
     _, weight, matrix, mask = a_layer(rng)
@@ -344,8 +340,8 @@ def as_the_file_has_it(pack, unpack, rng):
         weight = sparse_weight(rng, *shape)
         reference = sparse_files.pack(weight)
         bitmask, values = pair(pack(weight), "pack")
+        typed(bitmask, torch.uint8, "The bitmask")
         close(bitmask, reference["bitmask"], "bitmask", tolerance=0)
-        assert bitmask.dtype == torch.uint8, "The bitmask should be uint8."
         close(values, reference["values"], "values", tolerance=0)
 
 
@@ -356,11 +352,11 @@ def back_again(pack, unpack, rng):
         weight = sparse_weight(rng, *shape)
         reference = sparse_files.pack(weight)
         found = unpack(reference["bitmask"], reference["values"], list(shape))
+        typed(found, weight.dtype, "The weight")
         close(found, weight, "unpack", tolerance=0)
-        assert found.dtype == weight.dtype, "The dtype changed."
 
 
-@worth(1)
+@worth(1, after=as_the_file_has_it)
 def nine_sixteenths(pack, unpack, rng):
     """Half of the weights gone, a file of 16-bit numbers has 9/16 of the bytes."""
     weight = gaussian(32, 32, rng=rng).bfloat16()
@@ -414,12 +410,11 @@ def linear_in_outliers(owl, rng):
     """Sparsities fall linearly with the share of outliers, over an interval of 2 · span."""
     blocks, shares = some_blocks(rng)
     found = torch.tensor(owl(blocks, 0.6, 5.0, 0.08))
-    share = torch.tensor(shares)
-    wanted = -(share - share.mean()) / (share.max() - share.min()) * 0.16
+    wanted = linear_sparsities(shares, 0.6, 0.08) - 0.6
     close(found - found.mean(), wanted, "the sparsities around their mean", tolerance=1e-3)
 
 
-@worth(2)
+@worth(2, after=linear_in_outliers)
 def mean_is_kept(owl, rng):
     """The mean of all blocks is the sparsity asked for."""
     for sparsity, span in ((0.5, 0.1), (0.7, 0.2)):
@@ -428,7 +423,7 @@ def mean_is_kept(owl, rng):
         close(torch.tensor(found).mean(), sparsity, "their mean")
 
 
-@worth(1)
+@worth(1, after=linear_in_outliers)
 def equal_blocks(owl, rng):
     """Ablation: equal blocks get equal sparsities."""
     scores = torch.rand(100, generator=rng)
@@ -446,19 +441,15 @@ try_out(STUDENT, [owl], linear_in_outliers, mean_is_kept, equal_blocks)
 
 
 # %% given
+from common.course.exercises_given import pruned
+
+
 def forward(weights: list[Tensor], inputs: Tensor) -> Tensor:
     """A small residual network: every block adds tanh(x Wᵀ) to x [tokens, features]."""
     x = inputs
     for weight in weights:
         x = x + torch.tanh(x @ weight.T)
     return x
-
-
-def pruned(weight: Tensor, sparsity: float) -> Tensor:
-    """A copy of `weight` with its smallest weights zero."""
-    flat = weight.flatten().clone()
-    flat[weight.abs().flatten().argsort()[: round(sparsity * len(flat))]] = 0
-    return flat.view_as(weight)
 
 
 # %% markdown
@@ -488,14 +479,12 @@ def one_at_a_time(sensitivity, rng):
     weights, inputs = a_network(rng)
     found = sensitivity(weights, inputs, 0.6)
     assert isinstance(found, list) and len(found) == 5, "There should be a list with a number for each block."
-    dense = forward(weights, inputs)
     for i, number in enumerate(found):
-        alone = forward([pruned(w, 0.6) if j == i else w for j, w in enumerate(weights)], inputs)
-        wanted = (alone - dense).square().sum() / dense.square().sum()
-        close(number, wanted.double(), f"the number of block {i}", tolerance=1e-3)
+        wanted = pruning_error(forward, weights, inputs, [0.6 * (i == j) for j in range(5)])
+        close(number, wanted, f"the number of block {i}", tolerance=1e-3)
 
 
-@worth(1)
+@worth(1, after=one_at_a_time)
 def nothing_pruned(sensitivity, rng):
     """Ablation: with a sparsity of 0 all are 0."""
     weights, inputs = a_network(rng)
@@ -533,15 +522,6 @@ def remove_input(weight: Tensor, inverse: Tensor) -> tuple[int, Tensor]:
 
 
 # %% test structured
-def best_without(weight, matrix, j):
-    """The lowest error of all weights without input j, and these weights with a column of zeros in its place."""
-    rest = [i for i in range(len(matrix)) if i != j]
-    found = torch.zeros_like(weight, dtype=torch.float64)
-    found[:, rest] = weight.double() @ torch.linalg.solve(matrix[rest][:, rest], matrix[rest]).T
-    change = found - weight
-    return ((change @ matrix) * change).sum().item(), found
-
-
 def a_wide_layer(rng, width=12):
     inputs = correlated(300, width, rng)
     weight = gaussian(8, width, rng=rng) * torch.linspace(0.5, 1.5, width)[torch.randperm(width, generator=rng)]
@@ -617,27 +597,14 @@ def decompress(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 # %% test metadata
-def two_of_four(rng, rows=5, columns=32):
-    """A 2:4 weight, and the same written out by hand: values and metadata."""
-    weight, values, metadata = torch.zeros(rows, columns).bfloat16(), [], torch.zeros(rows, columns // 8).long()
-    for row in range(rows):
-        for group in range(columns // 4):
-            first, second = sorted(torch.randperm(4, generator=rng)[:2].tolist())
-            numbers = (gaussian(2, rng=rng).abs() + 0.5).bfloat16()
-            weight[row, 4 * group + first], weight[row, 4 * group + second] = numbers
-            values.append(numbers)
-            metadata[row, group // 2] += (first + 4 * second) * 16 ** (group % 2)
-    return weight, torch.cat(values).view(rows, -1), metadata
-
-
 @worth(3)
 def as_described(compress, decompress, rng):
     """Values and metadata are laid out as described."""
     weight, values, metadata = two_of_four(rng)
     found, codes = pair(compress(weight), "compress")
+    typed(codes, torch.uint8, "The metadata")
     close(found, values, "values", tolerance=0)
     close(codes, metadata, "metadata", tolerance=0)
-    assert codes.dtype == torch.uint8, "The metadata should be uint8."
 
 
 @worth(2)
@@ -647,7 +614,7 @@ def read_back(compress, decompress, rng):
     close(decompress(values, metadata.to(torch.uint8)), weight, "decompress", tolerance=0)
 
 
-@worth(1)
+@worth(1, after=as_described)
 def as_large_as_a_bitmask(compress, decompress, rng):
     """They take 9/16 of the bytes of 16-bit weights."""
     weight, _, _ = two_of_four(rng)
@@ -691,12 +658,6 @@ def plan(weights: list[Tensor], inputs: Tensor, sparsity: float) -> list[float]:
 
 
 # %% test plan
-def error_of(weights, inputs, sparsities):
-    dense = forward(weights, inputs)
-    changed = forward([pruned(w, s) for w, s in zip(weights, sparsities, strict=True)], inputs)
-    return ((changed - dense).square().sum() / dense.square().sum()).item()
-
-
 def a_plan(plan, rng):
     weights, inputs = a_network(rng)
     found = plan(weights, inputs, 0.7)
@@ -710,20 +671,20 @@ def a_plan(plan, rng):
 def beats_uniform(plan, rng):
     """The error is less than 0.85 times that of pruning all blocks alike."""
     weights, inputs, found = a_plan(plan, rng)
-    ratio = error_of(weights, inputs, found) / error_of(weights, inputs, [0.7] * 5)
+    ratio = pruning_error(forward, weights, inputs, found) / pruning_error(forward, weights, inputs, [0.7] * 5)
     assert ratio < 0.85, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 
 
-@worth(2)
+@worth(2, after=beats_uniform)
 def turned_round(plan, rng):
     """Ablation: the same sparsities given to the wrong blocks do worse than pruning all alike."""
     weights, inputs, found = a_plan(plan, rng)
     order = sorted(range(5), key=found.__getitem__)
     wrong = dict(zip(order, reversed([found[i] for i in order]), strict=True))
-    assert error_of(weights, inputs, [wrong[i] for i in range(5)]) > error_of(weights, inputs, [0.7] * 5), (
-        "They do not."
-    )
+    assert pruning_error(forward, weights, inputs, [wrong[i] for i in range(5)]) > pruning_error(
+        forward, weights, inputs, [0.7] * 5
+    ), "They do not."
 
 
 try_out(STUDENT, [plan], beats_uniform, turned_round)
@@ -747,7 +708,7 @@ try_out(STUDENT, [plan], beats_uniform, turned_round)
 # </details>
 
 
-# %% solution clinic needs=nm
+# %% solution clinic
 def diagnose(patient: dict) -> str:
     """ "uncalibrated", "refilled", "wrong axis" or "healthy"."""
     ### BEGIN SOLUTION
@@ -784,7 +745,8 @@ def experts(diagnose, mend, rng):
         norms[:3] = 0  # some channels are silent in healthy experts too
         patient = {"kind": "expert", "weight": weight, "norms": norms}
         patient["mask"] = pruning.keep_highest(weight.abs() * norms, 0.3)
-        assert diagnose(patient) == ("healthy" if seen else "uncalibrated"), "An expert was misjudged."
+        named = diagnose(patient) == ("healthy" if seen else "uncalibrated")
+        assert named, f"With an expert that {'was' if seen else 'was never'} reached, diagnose gave the wrong name."
         wanted = patient["mask"] if seen else pruning.keep_highest(weight.abs(), 0.3)
         assert (a_mask(mend(patient), weight.shape) == wanted).all(), "The mended mask is not right."
 
@@ -799,7 +761,8 @@ def zeros_that_came_back(diagnose, mend, rng):
         places = (~mask).flatten().nonzero().flatten()
         bad.view(-1)[places[torch.randperm(len(places), generator=rng)[:refilled]]] = -0.01
         patient = {"kind": "pruned", "weight": bad, "mask": mask}
-        assert diagnose(patient) == ("refilled" if refilled else "healthy"), "A pruned weight was misjudged."
+        named = diagnose(patient) == ("refilled" if refilled else "healthy")
+        assert named, f"With {refilled} refilled zero(s), diagnose gave the wrong name."
         close(mend(patient), weight * mask, "the mended weight", tolerance=0)
 
 
@@ -811,7 +774,8 @@ def patterns(diagnose, mend, rng):
         right = pruning.keep_highest(scores.unflatten(1, (-1, 4)), 0.5).flatten(1)
         wrong = pruning.keep_highest(scores.T.unflatten(1, (-1, 4)), 0.5).flatten(1).T
         patient = {"kind": "pattern", "scores": scores, "mask": wrong if ill else right}
-        assert diagnose(patient) == ("wrong axis" if ill else "healthy"), "A pattern was misjudged."
+        named = diagnose(patient) == ("wrong axis" if ill else "healthy")
+        assert named, f"With 2:4 along the {'outputs' if ill else 'inputs'}, diagnose gave the wrong name."
         assert (a_mask(mend(patient), scores.shape) == right).all(), "The mended mask is not right."
 
 

@@ -7,12 +7,12 @@
 #
 # **規則**
 #
-# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動有編號的格子，其他格的內容不計分。
+# - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動題目原有的格子。其他格不會執行：輔助函式與 import 也要寫在答案那一格裡，`STUDENT` 那一格只能有一行。
 # - 答案裡只能匯入 torch、numpy、math 這一類套件。從 `common` 匯入現成的答案不給分；題目說要親手寫的函式，用 PyTorch 現成的也不給分。
 # - 測試的輸入由 `STUDENT` 抽出，每個人不同；教師另有一組你看不到的輸入。訊息會說哪裡不對，不會說答案。
 # - 後面的題目用到前面的函式時，批改用的是參考解答：同一個錯只扣一次分。
 #
-# 批改：`make grade LAB=3.3`。
+# 批改：`make grade LAB=3.3`，別處的檔案加 `FROM=路徑`。
 
 # %% student
 STUDENT = "your name or number"
@@ -26,6 +26,7 @@ from torch import Tensor
 # %% checker
 from torch.nn import functional as F
 
+from common.course import exercises_3_3 as right
 from common.course.exercises import close, pair, try_out, worth
 from common.methods import distillation, head_loss, soft_labels
 
@@ -86,11 +87,10 @@ def right_influence(choose_blocks, rng):
     """The influence is 1 - cos, averaged over tokens."""
     hidden = hidden_states(rng)
     _, influence = pair(choose_blocks(hidden, 3), "choose_blocks")
-    wanted = [(1 - F.cosine_similarity(hidden[i], hidden[i + 1], dim=-1)).mean() for i in range(7)]
-    close(torch.tensor(influence), torch.stack(wanted), "the influences")
+    close(torch.tensor(influence), right.influences(hidden), "the influences")
 
 
-@worth(1)
+@worth(1, after=right_influence)
 def right_blocks(choose_blocks, rng):
     """The most influential blocks are kept, in the model's order."""
     for keep in (1, 3, 5):
@@ -98,7 +98,7 @@ def right_blocks(choose_blocks, rng):
         assert kept == distillation.most_influential(influence, keep), f"For keep = {keep} the list is another."
 
 
-@worth(1)
+@worth(1, after=right_influence)
 def longer_is_not_turned(choose_blocks, rng):
     """Ablation: a block that only makes its input longer has no influence."""
     x = gaussian(10, 8, rng=rng)
@@ -158,7 +158,7 @@ def found_wherever_they_are(leaks, rng):
         assert found == ill, f"{len(set(ill) - set(found))} missed, {len(set(found) - set(ill))} accused wrongly."
 
 
-@worth(1)
+@worth(1, after=found_wherever_they_are)
 def shorter_pieces_are_no_leak(leaks, rng):
     """Pieces shorter than n are no leak, and pieces do not reach over the end of a window."""
     train, test, _ = two_splits(rng, 8)
@@ -169,7 +169,7 @@ def shorter_pieces_are_no_leak(leaks, rng):
     )
 
 
-@worth(1)
+@worth(1, after=found_wherever_they_are)
 def one_token(leaks, rng):
     """Ablation: with n = 1 more than half of all windows leak."""
     train, test, _ = two_splits(rng)
@@ -294,23 +294,22 @@ def a_batch(rng, vocabulary=11):
     return logits, torch.where(real, ids, unlikely), real  # padding is hard to predict: to count it must show
 
 
-def reference(logits, ids, real):
-    labels = torch.where(real, ids, -100)[:, 1:]
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels.flatten())
-
-
 @worth(3)
 def right_loss(next_token_loss, rng):
     """The loss is that of the next real token, averaged over these."""
     logits, ids, real = a_batch(rng)
     everything = torch.ones_like(real)
-    close(next_token_loss(logits, ids, everything), reference(logits, ids, everything), "the loss without padding")
-    found, wanted = next_token_loss(logits, ids, real), reference(logits, ids, real)
+    close(
+        next_token_loss(logits, ids, everything),
+        right.next_token_loss(logits, ids, everything),
+        "the loss without padding",
+    )
+    found, wanted = next_token_loss(logits, ids, real), right.next_token_loss(logits, ids, real)
     close(found, wanted, "the loss with padding")
-    assert reference(logits, ids, everything) > 1.5 * wanted, "The ablation does no harm."
+    assert right.next_token_loss(logits, ids, everything) > 1.5 * wanted, "The ablation does no harm."
 
 
-@worth(1)
+@worth(1, after=right_loss)
 def padding_does_not_matter(next_token_loss, rng):
     """What stands in padding does not matter."""
     logits, ids, real = a_batch(rng)
@@ -318,12 +317,14 @@ def padding_does_not_matter(next_token_loss, rng):
     close(next_token_loss(logits, other, real), next_token_loss(logits, ids, real), "the loss")
 
 
-@worth(1)
+@worth(1, after=right_loss)
 def large_logits(next_token_loss, rng):
     """Uniform logits give the logarithm of the vocabulary; logits of ten thousand give no NaN."""
     logits, ids, real = a_batch(rng)
     close(next_token_loss(torch.zeros_like(logits), ids, real), math.log(11), "the loss of uniform logits")
-    close(next_token_loss(1e4 + logits, ids, real), reference(logits, ids, real), "the loss", tolerance=2e-3)
+    close(
+        next_token_loss(1e4 + logits, ids, real), right.next_token_loss(logits, ids, real), "the loss", tolerance=2e-3
+    )
 
 
 try_out(STUDENT, [next_token_loss], right_loss, padding_does_not_matter, large_logits)
@@ -398,7 +399,7 @@ def gradients_keep_their_size(kd_loss, rng):
     return f"{ratio:.2f} times; without T² {ratio / 4:.2f} times."
 
 
-@worth(1)
+@worth(1, after=right_terms)
 def same_model(kd_loss, rng):
     """A student that is its teacher has no divergence, and shifted or huge logits do no harm."""
     student, teacher = two_models(rng)
@@ -444,7 +445,7 @@ def as_autograd(kd_gradient, rng):
         close(kd_gradient(student.detach(), teacher, temperature), student.grad, f"the gradient at T = {temperature:g}")
 
 
-@worth(1)
+@worth(1, after=as_autograd)
 def sums_to_zero(kd_gradient, rng):
     """A constant added to the logits changes nothing: every row sums to 0, and is not 0 itself."""
     student, teacher = two_models(rng)
@@ -453,7 +454,7 @@ def sums_to_zero(kd_gradient, rng):
     assert found.sum(-1).abs().max() < 1e-5 < found.abs().max(), "The rows do not sum to 0, or all is 0."
 
 
-@worth(1)
+@worth(1, after=as_autograd)
 def nothing_to_learn(kd_gradient, rng):
     """Ablation: a student that is its teacher has no gradient."""
     _, teacher = two_models(rng)
@@ -489,22 +490,15 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 # %% test relation
-def reference_relation(student, teacher):
-    log_q, log_p = (
-        (torch.einsum("hid,hjd->hij", v, v) * v.shape[-1] ** -0.5).log_softmax(-1) for v in (student, teacher)
-    )
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_p[..., 0].numel()
-
-
 @worth(3)
 def right_divergence(relation_loss, rng):
     """The divergence is right, for students as wide as the teacher and narrower."""
     for width in (16, 8, 4):
         student, teacher = gaussian(3, 10, width, rng=rng), gaussian(3, 10, 16, rng=rng)
-        close(relation_loss(student, teacher), reference_relation(student, teacher), f"the loss at width {width}")
+        close(relation_loss(student, teacher), right.relation_loss(student, teacher), f"the loss at width {width}")
 
 
-@worth(1)
+@worth(1, after=right_divergence)
 def turned(relation_loss, rng):
     """Turning all values changes no relation; other values do."""
     teacher = gaussian(2, 8, 12, rng=rng)
@@ -555,24 +549,12 @@ def a_lesson(rng, n=60, features=8, vocabulary=12, steps=80):
     return inputs, teacher, 0.1 * gaussian(vocabulary, features, rng=rng), batches
 
 
-def reference_training(inputs, teacher, weight, batches, lr):
-    weight, losses = weight.double().clone().requires_grad_(True), []
-    optimizer = torch.optim.SGD([weight], lr=lr)
-    for rows in batches:
-        optimizer.zero_grad()
-        loss = distillation.kd_loss(inputs[rows].double() @ weight.T, teacher[rows].double(), 1.0) / len(rows)
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    return weight.detach(), losses
-
-
 @worth(4)
 def step_by_step(distil, rng):
     """Every step is that of SGD: the losses, and the weight after three steps."""
     inputs, teacher, weight, batches = a_lesson(rng)
     found, losses = pair(distil(inputs, teacher, weight, batches[:3], 0.5), "distil")
-    wanted, expected = reference_training(inputs, teacher, weight, batches[:3], 0.5)
+    wanted, expected = right.training(inputs, teacher, weight, batches[:3], 0.5)
     close(torch.tensor(losses), torch.tensor(expected), "the losses before each step", tolerance=1e-3)
     close(found, wanted, "the weight after three steps", tolerance=1e-3)
 
@@ -586,7 +568,7 @@ def learns(distil, rng):
     return f"From {losses[0]:.2f} to {losses[-1]:.3f} nats."
 
 
-@worth(1)
+@worth(1, after=step_by_step)
 def wrong_answers(distil, rng):
     """Ablation: with answers that belong to other questions the loss does not fall to a half."""
     inputs, teacher, weight, batches = a_lesson(rng)
@@ -633,12 +615,12 @@ def right_numbers(compare, rng):
     a, b = two_students(rng)
     a, b = a.double(), b.double()
     found = pair(compare(a, b), "compare", 3)
-    close(found[0], a.mean().exp() / b.mean().exp(), "the ratio")
-    half = 1.96 * (a - b).var().sqrt() / 48**0.5
-    close(torch.tensor(found[1:]), ((a - b).mean() + torch.stack((-half, half))).exp(), "the interval", tolerance=1e-5)
+    ratio, ends = right.ratio_and_interval(a, b)
+    close(found[0], ratio, "the ratio")
+    close(torch.tensor(found[1:]), ends, "the interval", tolerance=1e-5)
 
 
-@worth(1)
+@worth(1, after=right_numbers)
 def sees_a_percent(compare, rng):
     """Paired, a difference of one percent is seen; unpaired it would drown."""
     a, b = two_students(rng)
@@ -695,9 +677,8 @@ def writes_as_the_student(on_policy, rng):
     tokens, _ = pair(on_policy(student, teacher, start, noise), "on_policy")
     close(tokens, torch.zeros(300, 20), "tokens", tolerance=math.inf)  # the shape alone
     before = torch.cat((start[:, None], tokens[:, :-1]), 1)
-    cumulative = student.softmax(-1)[before].cumsum(-1)
-    right = (cumulative > noise[..., None]).int().argmax(-1)
-    assert (tokens == right).float().mean() > 0.999, "The tokens are not those that the rule draws from the student."
+    same = (tokens == right.drawn(student, before.long(), noise)).float().mean()
+    assert same > 0.999, "The tokens are not those that the rule draws from the student."
 
 
 @worth(3)
@@ -707,9 +688,10 @@ def reverse_divergence(on_policy, rng):
     start, noise = whole(20, rng=rng, below=7), torch.rand(20, 5, generator=rng)
     tokens, found = pair(on_policy(student, teacher, start, noise), "on_policy")
     before = torch.cat((start[:, None], tokens[:, :-1].long()), 1).flatten()
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    wanted = F.kl_div(log_p[before], log_q[before], log_target=True, reduction="batchmean")
-    forward = F.kl_div(log_q[before], log_p[before], log_target=True, reduction="batchmean")
+    wanted, forward = (
+        right.divergence(student[before], teacher[before]),
+        right.divergence(teacher[before], student[before]),
+    )
     close(found, wanted, "the divergence", tolerance=1e-3)
     assert abs(forward - wanted) > 1e-2 * wanted, "Ablation: the forward divergence is the same here."
 
@@ -772,7 +754,8 @@ def heads(diagnose, mend, rng):
         embedding, other = gaussian(20, 8, rng=rng), gaussian(20, 8, rng=rng)
         head = torch.zeros(20, 8) if lost else embedding.clone() if tied else other
         patient = {"kind": "checkpoint", "tied": tied, "embedding": embedding, "head": head}
-        assert diagnose(patient) == ("lost head" if lost else "healthy"), "A checkpoint was misjudged."
+        named = diagnose(patient) == ("lost head" if lost else "healthy")
+        assert named, f"With a head that {'was' if lost else 'was not'} lost, diagnose gave the wrong name."
         mended = mend(patient)
         if lost and not tied:
             assert mended is None, "A head that was never tied cannot be made up."
@@ -784,11 +767,9 @@ def heads(diagnose, mend, rng):
 def averages(diagnose, mend, rng):
     """A mean with padding in it is found and mended; one without is left alone."""
     for ill in (True, False):
-        losses, real = 2 + torch.rand(60, generator=rng), torch.rand(60, generator=rng) < 0.7
-        losses[~real] = 9.0
-        wanted = losses[real].mean().item()
-        patient = {"kind": "loss", "losses": losses, "real": real, "reported": losses.mean().item() if ill else wanted}
-        assert diagnose(patient) == ("padding" if ill else "healthy"), "A loss was misjudged."
+        patient, wanted = right.loss_patient(rng, ill)
+        named = diagnose(patient) == ("padding" if ill else "healthy")
+        assert named, f"With{'' if ill else 'out'} padding in the mean, diagnose gave the wrong name."
         close(mend(patient), wanted, "the mean")
 
 
@@ -796,12 +777,10 @@ def averages(diagnose, mend, rng):
 def alignments(diagnose, mend, rng):
     """Soft labels that are off by one are found and aligned."""
     for ill in (True, False):
-        ids, logits = whole(40, rng=rng, below=30), gaussian(40, 30, rng=rng)
-        answers = ids if ill else ids.roll(-1)
-        logits[torch.arange(40), answers] += 2 * (torch.rand(40, generator=rng) < 0.8) + 1
-        patient = {"kind": "labels", "teacher": logits, "ids": ids}
-        assert diagnose(patient) == ("shifted" if ill else "healthy"), "Soft labels were misjudged."
-        close(mend(patient), logits[1:] if ill else logits[:-1], "the aligned logits", tolerance=0)
+        patient, wanted = right.labels_patient(rng, ill)
+        named = diagnose(patient) == ("shifted" if ill else "healthy")
+        assert named, f"With soft labels {'off by one' if ill else 'in place'}, diagnose gave the wrong name."
+        close(mend(patient), wanted, "the aligned logits", tolerance=0)
 
 
 try_out(STUDENT, [diagnose, mend], heads, averages, alignments)

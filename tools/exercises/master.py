@@ -4,9 +4,9 @@ A master is a Python file in percent format. The line above a cell says what it 
 
     # %% markdown [TASK]                  prose, written as comments; `{points}` is the sum of the task's checks
     # %% student                          the student's name, from which all inputs are drawn
-    # %% given                            code that everyone runs, the answers' process too
+    # %% given                            code for everyone; an answer's process gets what stands above the answer
     # %% checker                          code for checks only: the sandbox never sees it
-    # %% solution TASK [needs=A,B] [without=X,Y]   needs: tasks whose functions it calls; without: names it may not use
+    # %% solution TASK [without=X,Y]      without: names it may not use
     # %% test TASK
 
 Solutions stand between `### BEGIN SOLUTION` and `### END SOLUTION`, and cells carry nbgrader's metadata, so that the
@@ -27,7 +27,7 @@ LABS = ("3.1", "3.2", "3.3")
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # as nbgrader writes it
 HEAD = re.compile(r"^# %% (?P<kind>\w+) ?(?P<task>[\w-]+)?(?P<options>.*)$", re.M)
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
-POINTS = re.compile(r"^@worth\((\d+)\)$", re.M)
+POINTS = re.compile(r"^@worth\((\d+)(?:, after=\w+)?\)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Task:
-    """One exercise: its solution, its checks, what its solution may call."""
+    """One exercise: its solution, its checks, the names that its solution may not use."""
 
     name: str
     title: str
     solution: str
     test: str
-    needs: list[str]
     without: list[str]
 
     @property
@@ -75,17 +74,17 @@ class Master:
         for cell in self.cells:
             if cell.kind == "solution":
                 title = re.search(r"^## (.*)$", by["markdown", cell.task].source, re.M)[1].split(" · ")[1]
-                test, options = by["test", cell.task].source, cell.options
-                needs, without = options.get("needs", []), options.get("without", [])
-                found[cell.task] = Task(cell.task, title, cell.source, test, needs, without)
+                test, without = by["test", cell.task].source, cell.options.get("without", [])
+                found[cell.task] = Task(cell.task, title, cell.source, test, without)
         return found
 
     def before(self, task: Task) -> str:
-        """What runs in the sandbox before a task's cell: the given code, and the solutions that it may call.
+        """What runs in the sandbox before a task's cell: the given code and the solutions that stand above it.
 
         The master's own solutions: one mistake costs its points once.
         """
-        return "\n\n".join([self.source("given"), *(self.tasks[name].solution for name in task.needs)])
+        own = next(i for i, cell in enumerate(self.cells) if (cell.kind, cell.task) == ("solution", task.name))
+        return "\n\n".join(cell.source for cell in self.cells[:own] if cell.kind in ("given", "solution"))
 
 
 @cache

@@ -58,14 +58,28 @@ def _calls(node: ast.AST) -> str:
 
 
 def _changes(node: ast.AST) -> str:
-    """Assignments to what others use too, such as `torch.allclose = ...`."""
+    name = _replaced(node)
+    return f"The cell replaces {name}: it may change nothing but its own variables." if name else ""
+
+
+def replaced(source: str) -> list[str]:
+    """What a cell replaces that others use too, such as `torch.allclose`; [] where it is not Python."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    return sorted({name for node in ast.walk(tree) if (name := _replaced(node))})
+
+
+def _replaced(node: ast.AST) -> str:
+    """The target of an assignment such as `torch.allclose = ...`; "" for any other node."""
     if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
         return ""
     targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
     for target in (part for whole in targets for part in ast.walk(whole)):
         stored = isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store | ast.Del)
         if stored and target.attr not in ATTRIBUTES and ast.unparse(target.value) != "self":
-            return f"The cell replaces {ast.unparse(target)}: it may change nothing but its own variables."
+            return ast.unparse(target)
     return ""
 
 

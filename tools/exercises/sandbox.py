@@ -10,6 +10,7 @@ unpickler. The asking side waits as long as it was told to, then kills.
 import io
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -34,6 +35,10 @@ class Wrong(AssertionError):
 
 class Stopped(AssertionError):
     """An answer whose process is no more: it took too long, too much memory, or ended itself."""
+
+
+class Unsendable(Exception):
+    """In the answer's process: it returned what the pipe does not carry."""
 
 
 class Sandbox:
@@ -77,7 +82,7 @@ class Sandbox:
             self.process.join(5)
             status = self.process.exitcode
             self._stop(f"It was killed ({signal.Signals(-status).name})." if status and status < 0 else _ended(status))
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as error:
             self._stop(f"What came back cannot be read ({type(error).__name__}).")
         if kind == "returned":
             return said[0]
@@ -88,6 +93,8 @@ class Sandbox:
             self._stop("It calls exit(), which ends the whole program.")
         if "MemoryError" in error or "can't allocate memory" in message:
             raise Wrong("It wants more memory than an answer may take.")
+        if error == "Unsendable":
+            raise Wrong(f"It {message}.")
         raise Wrong(f"It raised {error}: {message}")
 
     def _stop(self, why: str) -> None:
@@ -128,22 +135,29 @@ def _serve(connection: Connection, before: str, cell: str, memory: int) -> None:
 def _attempt(work) -> bytes:
     """What `work` returned or raised, packed."""
     try:
-        return _packed(("returned", _plain(work())))
+        value = _plain(work())
+        try:
+            return _packed(("returned", value))
+        except (pickle.PicklingError, NotImplementedError, AttributeError) as error:
+            raise Unsendable(f"returned {type(value).__name__}, not tensors, numbers or texts") from error
     except BaseException as error:  # SystemExit too: it is told by name
         return _packed(("raised", type(error).__name__, str(error)[:300]))
 
 
 def _plain(value: Any) -> Any:
-    """`value` as the pipe carries it; TypeError where it holds something else."""
+    """`value` as the pipe carries it; Unsendable where it holds something else."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value.detach().clone().as_subclass(torch.Tensor)
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else list(map(_plain, value))
+        return (tuple if type(value) is tuple else list)(map(_plain, value))
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):  # NumPy's float64 is a float too
+            return kind(value)
+    if value is None:
         return value
-    raise TypeError(f"the function returned {type(value).__name__}, not tensors, numbers or texts")
+    raise Unsendable(f"returned {type(value).__name__}, not tensors, numbers or texts")
 
 
 def _confine(memory: int) -> None:

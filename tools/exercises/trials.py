@@ -1,5 +1,6 @@
-"""The grader on trial: every task's checks against planted faults, which must cost points, and against correct answers
-written otherwise, which must not. What came out stands in results/exercises.json and in the instructor's page.
+"""The grader on trial: every task's checks against planted faults, which must cost points, against answers that do
+nothing, which must get none, and against correct answers written otherwise, which must get all. What came out stands in
+results/exercises.json and in the instructor's page.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from common.course.exercises import untouched
 from common.course.settings import ROOT
-from tools.exercises.grade import Checker, run_check
+from tools.exercises.grade import Checker, run_checks
 from tools.exercises.master import LABS, Master, Task, load
 
 FILE = ROOT / "results" / "exercises.json"
@@ -36,26 +37,24 @@ def points(master: Master, checker: Checker, task: Task, source: str) -> int:
     with contextlib.suppress(Exception):  # then functions are missing, and their checks fail
         exec(f"{master.before(task)}\n\n{source}", names)
     functions = [untouched(names[name]) for name in wanted if name in names]
-    return min(sum(run_check(check, functions, who, "").gained for check in checks) for who in WHO)
+    return min(sum(mark.gained for mark in run_checks(checks, functions, who, "")) for who in WHO)
 
 
 def run(lab: str) -> dict[str, dict]:
-    """Points by task: of the solution, of the blank, of each fault and of each variant."""
+    """Points by task: of each fault, of each answer that does nothing and of each variant."""
     master, trials = load(lab), importlib.import_module(f"tools.exercises.trials_{lab.replace('.', '_')}")
     checker, outcome = Checker(master), {}
     for name, task in master.tasks.items():
-        outcome[name] = {
-            "title": task.title,
-            "points": task.points,
-            "faults": {
-                fault: points(master, checker, task, changed(task.solution, change))
-                for fault, change in trials.FAULTS[name].items()
-            },
-            "variants": {
-                variant: points(master, checker, task, changed(task.solution, change))
-                for variant, change in trials.VARIANTS[name].items()
-            },
+        outcome[name] = {"title": task.title, "points": task.points}
+        kinds = {
+            "faults": trials.FAULTS[name],
+            "nothing": trials.NOTHING.get(name, {}),
+            "variants": trials.VARIANTS[name],
         }
+        for kind, changes in kinds.items():
+            outcome[name][kind] = {
+                what: points(master, checker, task, changed(task.solution, change)) for what, change in changes.items()
+            }
     return outcome
 
 
@@ -70,14 +69,16 @@ def write(check: bool = False) -> list[Path]:
 
 
 def table() -> str:
-    """A Markdown table of the trials: how many faults lost points, how many correct variants kept all."""
+    """A Markdown table: how many faults lost points, idle answers got none, correct variants kept all."""
     recorded = json.loads(FILE.read_text(encoding="utf-8"))
-    lines = ["| Lab | 題目 | 分數 | 埋的錯，扣到分／全部 | 正確的寫法，滿分／全部 |"]
-    lines += ["| --- | --- | ---: | ---: | ---: |"]
+    lines = ["| Lab | 題目 | 分數 | 埋的錯，扣到分／全部 | 什麼都沒做，0 分／全部 | 正確的寫法，滿分／全部 |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for lab, tasks in recorded.items():
         for task in tasks.values():
             caught = sum(gained < task["points"] for gained in task["faults"].values())
             kept = sum(gained == task["points"] for gained in task["variants"].values())
-            counts = f"{caught} / {len(task['faults'])} | {kept} / {len(task['variants'])}"
+            idle = list(task["nothing"].values())
+            none = f"{idle.count(0)} / {len(idle)}" if idle else "—"
+            counts = f"{caught} / {len(task['faults'])} | {none} | {kept} / {len(task['variants'])}"
             lines.append(f"| {lab} | {task['title']} | {task['points']} | {counts} |")
     return "\n".join(lines) + "\n\n*來源：`results/exercises.json`，由 `python -m tools.exercises trials` 寫成。*\n"

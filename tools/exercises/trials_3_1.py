@@ -77,6 +77,10 @@ FAULTS = {
         "weights divided": [("weight * scale", "weight / scale"), ("group_size) / scale", "group_size) * scale")],
         "always the last": [("if error < best[0]:", "if True:")],
         "the first that is better": [("best = (error, alpha, approximation)", "best = (-1, alpha, approximation)")],
+        "mean of powers": [
+            ("inputs.abs().mean(0).clamp(min=1e-4) ** alpha", "(inputs.abs().clamp(min=1e-4) ** alpha).mean(0)")
+        ],
+        "α as a tensor": [("(error, alpha, approximation)", "(error, torch.tensor(alpha), approximation)")],
         "never rounded": [("quantized(weight * scale, bits, group_size)", "(weight * scale)")],
     },
     "bytes": {
@@ -105,6 +109,56 @@ FAULTS = {
         "mean with the dead": [("diagonal[~dead].mean()", "diagonal.mean()")],
         "per word": [('patient["tokens"]', 'patient["words"]')],
         "log called healthy": [('< 0.01 else "per word"', '< 9 else "per word"')],
+    },
+}
+
+NOTHING = {  # answers that do nothing, or not what was asked for
+    "grid": {"one grid for all": "def find_grid(w, bits):\n    return torch.tensor(1000.0), torch.tensor(0.0)\n"},
+    "rtn": {
+        "as it came": """
+def encode(weight, scale, zero, group_size, bits):
+    return weight
+
+
+def decode(codes, scale, zero, group_size):
+    return codes
+"""
+    },
+    "pack": {"as it came": "def pack(codes):\n    return codes\n\n\ndef unpack(packed):\n    return packed\n"},
+    "hessian": {
+        "identity": "def hessian(batches):\n    return torch.eye(batches[0].shape[-1])\n",
+    },
+    "update": {"as it came": "def update(weight, column, inverse):\n    return weight[:, 1:]\n"},
+    "gptq": {
+        "RTN": """
+def gptq(weight, hessian, scale, zero, bits, damp=0.01):
+    return (weight / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
+""",
+        "int64": [("codes.to(torch.uint8)", "codes.to(torch.int64)")],
+    },
+    "act_order": {
+        "from left to right": """
+def gptq_act_order(weight, hessian, scale, zero, bits):
+    return gptq(weight, hessian, scale, zero, bits)
+"""
+    },
+    "awq": {
+        "no scale": """
+def awq(weight, inputs, alphas, bits, group_size):
+    return 0.0, quantized(weight, bits, group_size)
+"""
+    },
+    "bytes": {"nothing": "def checkpoint_bytes(shapes, others, bits, group_size):\n    return 0\n"},
+    "foreign": {"as it came": "def read_foreign(codes, stored, scale):\n    return 2, codes\n"},
+    "clinic": {
+        "everybody is healthy": """
+def diagnose(patient):
+    return "healthy"
+
+
+def mend(patient):
+    return patient.get("weight", patient.get("hessian", patient.get("perplexity")))
+"""
     },
 }
 

@@ -160,6 +160,66 @@ def plan(weights, inputs, sparsity):
     },
 }
 
+NOTHING = {  # answers that do nothing, or not what was asked for
+    "magnitude": {
+        "the first": """
+def magnitude_mask(weight, sparsity):
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[: round(sparsity * weight.numel())] = False
+    return mask.view_as(weight)
+"""
+    },
+    "wanda": {
+        "magnitude": [(" * inputs.norm(dim=0)", "")],
+    },
+    "nm": {"the first n": [("groups.topk(n, dim=-1).indices", "torch.arange(n).expand(*groups.shape[:2], n)")]},
+    "sparsegpt": {
+        "the mask alone": """
+def sparsegpt(weight, hessian, mask, damp=0.01):
+    return weight * mask
+""",
+        "as it came": "def sparsegpt(weight, hessian, mask, damp=0.01):\n    return weight\n",
+    },
+    "bitmask": {
+        "zeros of the right size": """
+def pack(weight):
+    return torch.zeros(math.ceil(weight.numel() / 8), dtype=torch.uint8), weight[weight != 0][:0].new_zeros(512)
+
+
+def unpack(bitmask, values, shape):
+    return torch.zeros(shape, dtype=values.dtype)
+"""
+    },
+    "owl": {"uniform": "def owl(scores, sparsity, multiple, span):\n    return [sparsity] * len(scores)\n"},
+    "sensitivity": {
+        "the sparsity": "def sensitivity(weights, inputs, sparsity):\n    return [sparsity] * len(weights)\n"
+    },
+    "structured": {"the first": "def remove_input(weight, inverse):\n    return 0, weight[:, 1:]\n"},
+    "metadata": {
+        "zeros of the right size": """
+def compress(weight):
+    rows, columns = weight.shape
+    values = torch.zeros(rows, columns // 2, dtype=weight.dtype)
+    return values, torch.zeros(rows, columns // 8, dtype=torch.uint8)
+
+
+def decompress(values, metadata):
+    return torch.zeros(len(values), 2 * values.shape[1], dtype=values.dtype)
+"""
+    },
+    "plan": {"uniform": "def plan(weights, inputs, sparsity):\n    return [sparsity] * len(weights)\n"},
+    "clinic": {
+        "everybody is healthy": """
+def diagnose(patient):
+    return "healthy"
+
+
+def mend(patient):
+    return patient["weight"] if patient["kind"] == "pruned" else patient["mask"]
+"""
+    },
+}
+
 VARIANTS = {
     "magnitude": {
         "float64": [("weight.abs()", "weight.double().abs()")],

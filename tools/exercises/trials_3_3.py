@@ -176,6 +176,59 @@ FAULTS = {
     },
 }
 
+NOTHING = {  # answers that do nothing, or not what was asked for
+    "blocks": {
+        "the first": "def choose_blocks(hidden, keep):\n    return list(range(keep)), [1.0] * (len(hidden) - 1)\n"
+    },
+    "leak": {
+        "none": "def leaks(train, test, n):\n    return []\n",
+        "all": "def leaks(train, test, n):\n    return list(range(len(test)))\n",
+    },
+    "topk": {
+        "the first": """
+def top_k(logits, k):
+    return torch.arange(k).expand(len(logits), k), logits[:, : k + 1]
+
+
+def top_k_kl(student_logits, ids, log_probs):
+    return torch.tensor(0.0)
+"""
+    },
+    "ce": {"zero": "def next_token_loss(logits, ids, real):\n    return torch.tensor(0.0)\n"},
+    "kd": {"zero": "def kd_loss(student, teacher, labels, alpha, temperature):\n    return torch.tensor(0.0)\n"},
+    "gradient": {
+        "zero": "def kd_gradient(student, teacher, temperature):\n    return torch.zeros_like(student)\n",
+        "the difference of logits": """
+def kd_gradient(student, teacher, temperature):
+    return (student - teacher) - (student - teacher).mean(-1, keepdim=True)
+""",
+    },
+    "relation": {"zero": "def relation_loss(student, teacher):\n    return torch.tensor(0.0)\n"},
+    "train": {
+        "as it came": """
+def distil(inputs, teacher, weight, batches, lr):
+    return weight, [1.0] * len(batches)
+"""
+    },
+    "compare": {"about one": "def compare(a, b):\n    return 1.01, 1.005, 1.015\n"},
+    "policy": {
+        "zeros": """
+def on_policy(student, teacher, start, noise):
+    return torch.zeros_like(noise).long(), torch.tensor(0.0)
+"""
+    },
+    "clinic": {
+        "everybody is healthy": """
+def diagnose(patient):
+    return "healthy"
+
+
+def mend(patient):
+    return patient.get("head", patient.get("reported", patient.get("teacher")))
+"""
+    },
+}
+
 VARIANTS = {
     "blocks": {
         "float64": [("(before * after).sum(-1)", "(before.double() * after.double()).sum(-1)")],

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from tools.exercises import grade, master, sheet
-from tools.exercises.__main__ import mark_all, submissions
+from tools.exercises.__main__ import main, mark_all, submissions
 
 LAB = "3.1"
 
@@ -43,8 +43,9 @@ def test_solutions_get_everything_and_blanks_nothing_within_two_minutes(lab, tmp
     chosen, start = master.load(lab), time.monotonic()
     checker = grade.Checker(chosen)
     for solved in (True, False):
-        file = tmp_path / f"{solved}.ipynb"
-        nbformat.write(master.notebook(chosen, solutions=solved), file)
+        file, book = tmp_path / f"{solved}.ipynb", master.notebook(chosen, solutions=solved)
+        next(cell for cell in book.cells if cell.metadata.get("tags") == ["student"]).source = 'STUDENT = "b1"'
+        nbformat.write(book, file)
         marks = grade.mark(file, chosen, checker, secret="only the instructor knows")
         lost = [mark for task in marks.tasks for mark in task.marks if mark.gained != solved * mark.points]
         assert lost == []
@@ -93,6 +94,29 @@ def test_tricks_are_told_and_not_rewarded(name, hand_in):
     assert next(task for task in marks.tasks if task.name == "rtn").gained == 6, "the others keep theirs"
 
 
+@pytest.mark.parametrize("lab", master.LABS)
+def test_an_answer_may_call_all_functions_of_earlier_tasks_and_gets_the_references(lab, tmp_path):
+    """Every answer but the last task's is blank, and the last task's reads all functions that were asked for before."""
+    chosen = master.load(lab)
+    checker = grade.Checker(chosen)
+    *earlier, last = chosen.tasks.values()
+    names = [name for task in earlier for name in checker.checks(task)[0]]
+    assert len(names) == len(set(names)) >= len(earlier)
+    book = master.notebook(chosen, solutions=False)
+    cell = next(cell for cell in book.cells if cell.id == f"solution-{last.name}")
+    cell.source = f"earlier = [{', '.join(names)}]\n\n\n{last.solution}"
+    file = tmp_path / "b1.ipynb"
+    nbformat.write(book, file)
+    marks = grade.mark(file, chosen, checker)
+    assert {task.name: task.gained for task in marks.tasks if task.gained} == {last.name: last.points}
+
+
+def test_the_answers_process_holds_no_later_solution(chosen):
+    before = chosen.before(chosen.tasks["update"])
+    assert "def decode(" in before
+    assert "def update(" not in before and "def gptq(" not in before
+
+
 def test_changed_and_deleted_tests_are_told_and_the_originals_run(hand_in):
     easy = replaced("test-pack", "print('6 / 6')")
     for change in (easy, lambda cells, book: book.cells.remove(cells["test-pack"])):
@@ -121,9 +145,37 @@ def test_answers_learnt_by_heart_fail_on_hidden_inputs(hand_in, chosen, checker)
     assert [hand_in(change, secret, tasks=("bytes",)).gained for secret in ("", "secret")] == [4, 0]
 
 
-def test_the_name_comes_from_the_notebook_else_from_the_file(hand_in):
-    assert hand_in(replaced("student-1", 'STUDENT = "b007"')).student == "b007"
-    assert hand_in(replaced("student-1", "STUDENT = input()")).student == "b12345678"
+@pytest.mark.parametrize(
+    ("source", "name", "told"),
+    [
+        ('STUDENT = "b007"', "b007", []),
+        ("STUDENT = 7", "7", []),
+        ('STUDENT = "b007"\nprint("hello")', "b007", ["what else it holds was not run"]),
+        ('STUDENT = "b007"\ntorch.allclose = f', "b007", ["one line", "replaces torch.allclose"]),
+        ("STUDENT = input()", "b12345678", ["no name", "(b12345678) stands in"]),
+        ('STUDENT = " "', "b12345678", ["no name"]),
+        (f'STUDENT = "{grade.PLACEHOLDER}"', "b12345678", ["no name"]),
+        ("STUDENT = b007 amy", "b12345678", ["not Python"]),
+    ],
+)
+def test_the_name_comes_from_the_notebook_else_from_the_file_which_is_told(source, name, told, hand_in):
+    marks = hand_in(replaced("student-1", source), tasks=())
+    assert marks.student == name
+    assert all(part in " ".join(marks.notes) for part in told)
+    assert bool(marks.notes) == bool(told)
+
+
+def test_the_placeholder_is_the_masters():
+    for lab in master.LABS:
+        assert master.load(lab).source("student") == f'STUDENT = "{grade.PLACEHOLDER}"'
+
+
+def test_what_other_cells_replace_is_told(hand_in):
+    def change(cells, book):
+        cells["student-1"].source = 'STUDENT = "amy"'
+        book.cells.append(nbformat.v4.new_code_cell("torch.allclose = lambda *a: True"))
+
+    assert hand_in(change, tasks=()).notes == ["A cell that is no answer replaces torch.allclose; it was not run."]
 
 
 def test_a_class(tmp_path, chosen, capsys):
@@ -136,6 +188,7 @@ def test_a_class(tmp_path, chosen, capsys):
     marks = mark_all(LAB, tmp_path, "", tmp_path / "sheets")
     assert [one.student for one in marks] == ["=amy", "<b>ben</b>", "cat"]
     assert "no notebook" in marks[2].notes[0]
+    assert [note for one in marks[:2] for note in one.notes] == []
     content = json.loads((tmp_path / "sheets/sheet.json").read_text(encoding="utf-8"))
     assert [(one["gained"], one["points"]) for one in content] == [(0, marks[0].points)] * 3
     page = (tmp_path / "sheets/sheet.html").read_text(encoding="utf-8")
@@ -143,6 +196,21 @@ def test_a_class(tmp_path, chosen, capsys):
     rows = list(csv.reader((tmp_path / "sheets/sheet.csv").read_text(encoding="utf-8-sig").splitlines()))
     assert rows[0][:3] == ["student", "points", "of"]
     assert rows[1][0] == "'=amy", "a spreadsheet would take it for a formula"
+
+
+def test_two_submissions_of_one_student_are_told(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        cell = nbformat.v4.new_code_cell('STUDENT = "amy"', metadata={"tags": ["student"]})
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / folder / "Exercises.ipynb")
+    first, second = mark_all(LAB, tmp_path, "", tmp_path / "sheets")
+    assert "b/Exercises.ipynb" in first.notes[-1] and "a/Exercises.ipynb" in second.notes[-1]
+
+
+def test_a_missing_place_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["exercises", "grade", "--lab", LAB, str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="no folder that holds any"):
+        main()
 
 
 def test_no_submission_is_an_error(tmp_path):

@@ -57,6 +57,20 @@ def test_unsolved_every_test_says_not_written_and_gives_nothing(lab, capsys):
                 assert set(re.findall("^.", said, re.M)) == {"➖", "0"}
 
 
+@pytest.mark.parametrize(
+    ("lab", "answers"),
+    [
+        ("3.1", [".round().clamp(", ".abs().mean(0) **", "math.exp(", "diagonal > 0"]),
+        ("3.2", ["argsort()[", "linalg.solve", "share.mean()", "pruned(w,", "16 ** ("]),
+        ("3.3", ["cosine_similarity", "optim.SGD", "[:, 1:]", "einsum", "cumsum", ".var().sqrt()", "losses[real]"]),
+    ],
+)
+def test_the_students_notebook_holds_no_answer(lab, answers):
+    """Checks compare with what stands in common/course/exercises_3_N.py and exercises_given.py."""
+    code = [cell.source for cell in next(iter(books(lab))) if cell.cell_type == "code"]
+    assert [answer for answer in answers if any(answer in source for source in code)] == []
+
+
 @each_lab
 def test_has_what_an_exercise_has(lab):
     tasks, cells = master.load(lab).tasks, list(next(iter(books(lab))))

@@ -19,6 +19,12 @@ def test_tensors_and_lists_go_there_and_back():
     assert found["list"][1:] == (1.5, "a", None, True)
 
 
+def test_numbers_of_other_kinds_come_back_as_numbers():
+    cell = "import enum, numpy\nclass A(int):\n    pass\ndef f():\n    return [numpy.float64(1.5), A(2), True]"
+    found = run(cell)
+    assert found == [1.5, 2, True] and list(map(type, found)) == [float, int, bool]
+
+
 @pytest.mark.parametrize(
     ("body", "error", "said"),
     [
@@ -37,7 +43,9 @@ def test_tensors_and_lists_go_there_and_back():
         ("return open('/etc/hostname').read()", Wrong, "may not open files"),
         ("from common.methods import pruning", Wrong, "common"),
         ("import tools.exercises.master", Wrong, "tools"),
-        ("return object()", Wrong, "returned object"),
+        ("return object()", Wrong, "It returned object, not tensors, numbers or texts."),
+        ("import numpy; return numpy.zeros(3)", Wrong, "It returned ndarray, not tensors, numbers or texts."),
+        ("return {f: 1}", Wrong, "It returned function, not tensors, numbers or texts."),
         ("return x +", Wrong, "SyntaxError"),
         ("return 1 / 0", Wrong, "ZeroDivisionError"),
     ],

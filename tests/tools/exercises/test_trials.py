@@ -9,12 +9,13 @@ from tools.exercises import master, trials
 
 
 @pytest.mark.parametrize("lab", master.LABS)
-def test_faults_lose_points_and_correct_variants_keep_them(lab):
+def test_faults_lose_points_doing_nothing_gets_none_and_correct_variants_keep_them(lab):
     outcomes = trials.run(lab)
     for name, outcome in outcomes.items():
         kept = [fault for fault, gained in outcome["faults"].items() if gained >= outcome["points"]]
         lost = [variant for variant, gained in outcome["variants"].items() if gained < outcome["points"]]
         assert not kept, f"{name}: not noticed"
+        assert not any(outcome["nothing"].values()), f"{name}: {outcome['nothing']}"
         assert not lost, f"{name}: correct, and marked down"
     recorded = json.loads(trials.FILE.read_text(encoding="utf-8"))[lab]
     assert outcomes == recorded, "run: .venv/bin/python -m tools.exercises trials"

@@ -64,7 +64,7 @@ def _command(launcher: str, count: int) -> list[str]:
 def _reason(folder: Path, log: Path) -> str:
     """By which signal the first process to fail was killed, or what it said; the others only lost touch with it."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    failed = re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", text, re.DOTALL)  # torchrun's root cause is the last
+    failed = re.findall(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+)", text, re.MULTILINE)  # the root cause is the last
     for rank, status in failed:  # a killed process leaves no time: the one that lost touch with it seems to be first
         if int(status) < 0 and int(status) != -signal.SIGTERM:  # torchrun itself ends the others with SIGTERM
             return f"Process {rank} was ended by {signal.Signals(-int(status)).name}."

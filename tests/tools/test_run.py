@@ -97,7 +97,7 @@ def printed(folder, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_WORK", str(folder / "work"))
         patch.setattr(notebooks, "CHAPTER", folder / "chapter")
-        patch.setattr(run, "embedded_folder", lambda: None)
+        patch.setattr(run, "embedded_folder", lambda spec: None)
         patch.setattr("builtins.print", lambda *texts, **_: lines.append(" ".join(map(str, texts))))
         status = run.main(["--profile", "smoke", *arguments])
     return status, "\n".join(lines)

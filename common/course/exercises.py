@@ -98,7 +98,7 @@ def close(actual: object, expected: object, what: str, tolerance: float = 1e-4, 
     assert not wrong, f"{what} is wrong in {wrong} of {expected.numel()} places. {ask}".rstrip()
 
 
-def output_error(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+def error_at_output(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
     """Relative squared error at the output of a layer [out, in] for inputs [tokens, in]."""
     weight, approximation, inputs = weight.double(), approximation.double(), inputs.double()
     return (((approximation - weight) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum()).item()

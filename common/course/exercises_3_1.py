@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from common.course.exercises import output_error
+from common.course.exercises import error_at_output
 from common.course.exercises_given import quantized
 
 
-def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def codes_for(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The codes nearest to weights, as floats; scale and zero of every weight."""
     return (weight / scale + zero).round().clamp(0, 2**bits - 1)
 
@@ -23,7 +23,7 @@ def awq_weights(weight: Tensor, inputs: Tensor, alpha: float, powers_first: bool
 
 def awq_errors(weight: Tensor, inputs: Tensor, alphas: list[float]) -> dict[float, float]:
     """The error at the output with each α."""
-    return {alpha: output_error(weight, awq_weights(weight, inputs, alpha), inputs) for alpha in alphas}
+    return {alpha: error_at_output(weight, awq_weights(weight, inputs, alpha), inputs) for alpha in alphas}
 
 
 def hessian_patient(rng: torch.Generator, dead: int) -> tuple[dict, Tensor]:

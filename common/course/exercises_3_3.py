@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def influences(hidden: list[Tensor]) -> Tensor:
+def influence_of_blocks(hidden: list[Tensor]) -> Tensor:
     """Each block's influence [blocks] from the n + 1 hidden states [tokens, hidden] around n blocks."""
     return torch.stack([(1 - F.cosine_similarity(*pair, dim=-1)).mean() for pair in pairwise(hidden)])
 

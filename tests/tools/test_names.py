@@ -11,15 +11,12 @@ SAME = {  # asked of each program, engine or format by its module's name: `llama
     "missing",
     "unpack_linear",
 }
-EXERCISES = "course/exercises"  # what an exercise's test computes again by itself, under the name that students know
 
 
 def named_twice(folder: Path) -> dict[str, list[str]]:
     """Public functions and classes that more than one module defines, with those modules."""
     found = defaultdict(list)
     for file in sorted(folder.rglob("*.py")):
-        if file.relative_to(folder).as_posix().startswith(EXERCISES):
-            continue
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
                 found[node.name].append(file.relative_to(folder).as_posix())

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 # %% checker
-from common.course.exercises import close, output_error, pair, try_out, typed, worth
-from common.course.exercises_3_1 import awq_errors, awq_weights, hessian_patient, log_patient, nearest_codes
+from common.course.exercises import close, error_at_output, pair, try_out, typed, worth
+from common.course.exercises_3_1 import awq_errors, awq_weights, codes_for, hessian_patient, log_patient
 from common.formats import gptq as gptq_files
 from common.formats.packing import pack_rows
 from common.methods import quantization
@@ -100,7 +100,7 @@ def decoded(find_grid, w, bits):
     assert scale.shape == zero.shape == (), "scale and zero should have no dimensions: one of each for the group."
     assert scale > 0, "scale should be positive."
     assert zero == zero.round(), "The zero point should be a whole number."
-    return scale, zero, (nearest_codes(w, scale, zero, bits) - zero) * scale
+    return scale, zero, (codes_for(w, scale, zero, bits) - zero) * scale
 
 
 @worth(2)
@@ -387,7 +387,7 @@ def pays(update, rng):
     inputs = correlated(200, 10, rng)
     weight, changed, _ = one_step(update, inputs, rng)
     alone = torch.cat((changed[:, :1], weight[:, 1:]), 1)
-    ratio = output_error(weight, changed, inputs) / output_error(weight, alone, inputs)
+    ratio = error_at_output(weight, changed, inputs) / error_at_output(weight, alone, inputs)
     assert ratio < 0.9, f"The error is {ratio:.2f} times that of not updating at all."
     return f"{ratio:.2f} times."
 
@@ -454,8 +454,8 @@ def better_than_rounding(gptq, rng):
     inputs, weight = correlated(300, 32, rng), gaussian(24, 32, rng=rng)
     scale, zero = spread(weight, 3, 16)
     _, ours = run_gptq(gptq, weight, 2 / len(inputs) * inputs.T @ inputs, 3, 16, scale, zero)
-    rounded = (nearest_codes(weight, scale, zero, 3) - zero) * scale
-    ratio = output_error(weight, ours, inputs) / output_error(weight, rounded, inputs)
+    rounded = (codes_for(weight, scale, zero, 3) - zero) * scale
+    ratio = error_at_output(weight, ours, inputs) / error_at_output(weight, rounded, inputs)
     assert ratio < 0.8, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 
@@ -477,7 +477,7 @@ def diagonal_is_rounding(gptq, rng):
     weight = gaussian(8, 16, rng=rng)
     scale, zero = spread(weight, 4, 8)
     codes, _ = run_gptq(gptq, weight, torch.diag(torch.rand(16, generator=rng) + 0.5), 4, 8, scale, zero)
-    close(codes, nearest_codes(weight, scale, zero, 4), "codes", tolerance=0)
+    close(codes, codes_for(weight, scale, zero, 4), "codes", tolerance=0)
 
 
 try_out(STUDENT, [gptq], as_the_course, better_than_rounding, damping, diagonal_is_rounding)
@@ -532,7 +532,7 @@ def helps_with_outliers(gptq_act_order, rng):
     scale, zero = spread(weight, 3, 16)
     _, ordered = run_gptq(gptq_act_order, weight, matrix, 3, 16, scale, zero)
     plain = quantization.gptq(weight, matrix, QuantizeConfig(3, 16, mse=False, desc_act=False)).dequantize()
-    ratio = output_error(weight, ordered, inputs) / output_error(weight, plain, inputs)
+    ratio = error_at_output(weight, ordered, inputs) / error_at_output(weight, plain, inputs)
     assert ratio < 0.9, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 
@@ -584,7 +584,7 @@ def chosen(awq, inputs, rng, alphas):
     assert isinstance(alpha, float), f"α should be a float out of `alphas`, not {type(alpha).__name__}."
     assert alpha in alphas, "α should be one of those given."
     close(approximation, weight, "the weights", tolerance=math.inf)  # the shape alone
-    return alpha, output_error(weight, approximation, inputs), awq_errors(weight, inputs, alphas)
+    return alpha, error_at_output(weight, approximation, inputs), awq_errors(weight, inputs, alphas)
 
 
 @worth(3)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # %% checker
-from common.course.exercises import close, output_error, pair, try_out, typed, worth
+from common.course.exercises import close, error_at_output, pair, try_out, typed, worth
 from common.course.exercises_3_2 import best_without, linear_sparsities, pruning_error, two_of_four
 from common.formats import sparse as sparse_files
 from common.methods import pruning
@@ -148,7 +148,7 @@ def beats_magnitude(wanda_mask, rng):
     mask = a_mask(wanda_mask(weight, inputs, 0.5), weight.shape)
     assert (~mask).sum() == mask.numel() // 2, "Half of the weights should go."
     magnitude = weight.abs() > weight.abs().median()
-    ratio = output_error(weight, weight * mask, inputs) / output_error(weight, weight * magnitude, inputs)
+    ratio = error_at_output(weight, weight * mask, inputs) / error_at_output(weight, weight * magnitude, inputs)
     assert ratio < 0.8, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 
@@ -275,7 +275,7 @@ def pays(sparsegpt, rng):
     inputs, weight, matrix, mask = a_layer(rng, rows=64)
     found = sparsegpt(weight, matrix, mask)
     assert (found[~mask] == 0).all(), "Some weight that should go is not zero."
-    ratio = output_error(weight, found, inputs) / output_error(weight, weight * mask, inputs)
+    ratio = error_at_output(weight, found, inputs) / error_at_output(weight, weight * mask, inputs)
     assert ratio < 0.85, f"It is {ratio:.2f} times."
     return f"{ratio:.2f} times."
 

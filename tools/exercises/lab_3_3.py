@@ -87,7 +87,7 @@ def right_influence(choose_blocks, rng):
     """The influence is 1 - cos, averaged over tokens."""
     hidden = hidden_states(rng)
     _, influence = pair(choose_blocks(hidden, 3), "choose_blocks")
-    close(torch.tensor(influence), right.influences(hidden), "the influences")
+    close(torch.tensor(influence), right.influence_of_blocks(hidden), "the influences")
 
 
 @worth(1, after=right_influence)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from common.serving import sse
 from common.serving.metrics import Metrics
-from common.serving.queueing import Gate
+from common.serving.queueing import Gate, client_of
 from common.serving.schemas import AnswerShape, ApiError, Piece, Request, invalid
 
 Prepared = Any  # token ids, or the request to pass on: each engine's own
@@ -71,7 +71,8 @@ class Service:
         if max_tokens > self.limits.max_output:
             raise invalid(f"max_tokens is {max_tokens}; at most {self.limits.max_output} are allowed.", "max_tokens")
         shape = AnswerShape(body, request.state.request_id)
-        pieces = _ahead(self.answer(body, max_tokens, request.state))
+        client = client_of(request.client.host if request.client else "")
+        pieces = _ahead(self.answer(body, max_tokens, client, request.state))
         if body.stream:
             first = await self.unless_gone(request, anext(pieces))
             events = self.events(shape, first, pieces, body.wants_usage)
@@ -81,13 +82,13 @@ class Service:
         text = "".join(piece.text for piece in everything)
         return JSONResponse(shape.whole(text, last.finish_reason, last.usage))
 
-    async def answer(self, body: Request, max_tokens: int, state: State) -> AsyncIterator[Piece]:
+    async def answer(self, body: Request, max_tokens: int, client: str, state: State) -> AsyncIterator[Piece]:
         """The engine's pieces for one request, timed, counted, noted for the log, and ended by the time limit."""
         start, loop = time.perf_counter(), asyncio.get_running_loop()
         deadline = loop.time() + self.limits.timeout
         first, counted = 0.0, 0
         try:
-            async with self.gate.enter(deadline), aclosing(self.computed(body, max_tokens)) as pieces:
+            async with self.gate.enter(deadline, client), aclosing(self.computed(body, max_tokens)) as pieces:
                 while True:
                     async with asyncio.timeout_at(deadline):
                         piece = await anext(pieces)

@@ -244,3 +244,14 @@ def test_the_page_about_the_service_shows_this_file():
     page = (ROOT / "03-Model_Compression" / "Lab-3.1-Quantization" / "Service.md").read_text("utf-8")
     shown = re.search(r"```nginx\n(.*?)```", page, re.S)[1]
     assert shown == EXAMPLE
+
+
+def test_shares_are_by_the_address_that_the_proxy_saw(proxy, monkeypatch):
+    """What a client claims to be is replaced: else it would have as many shares as names that it makes up."""
+    seen = []
+    monkeypatch.setattr("common.serving.service.client_of", lambda address: seen.append(address) or address)
+    for claimed in ("203.0.113.5", "203.0.113.6, 127.0.0.1"):
+        request = proxy.post()
+        request.headers["X-Forwarded-For"] = claimed
+        assert proxy.client.send(request).status_code == 200
+    assert seen == ["127.0.0.1"] * 2

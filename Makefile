@@ -110,13 +110,16 @@ record: setup $(ENGINES)
 	$(BIN)/python -m tools.provenance settle
 	$(BIN)/python -m tools.tables render
 
+# Two workers, a file of tests at a time, in the order that tests/conftest.py gives them.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 check: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not engines and not notebooks and not nightly"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not engines and not notebooks and not nightly"
 
 # The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
 test: lint
 	@$(MAKE) --no-print-directory --jobs 2 engines serve-env
-	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest -m "not nightly"
+	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest $(PARALLEL)
 
 # What takes more minutes than a check may: the service under load, many generated requests, and inputs that a fuzzer
 # looks for (ten minutes for each of the two targets).

@@ -26,7 +26,11 @@ VOCABULARY = 256
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
-    """Mark what llama.cpp is needed for as `engines`; skip `gpu` without one, and `nightly` unless asked for."""
+    """Mark what llama.cpp is needed for as `engines`; skip `gpu` without one, and `nightly` unless asked for.
+
+    Notebooks first: with two workers, the longest files must not be what the last one is left with.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("notebooks") is None)
     for item in items:
         if item.get_closest_marker("nightly") and "nightly" not in config.getoption("markexpr"):
             item.add_marker(pytest.mark.skip(reason="runs nightly: pytest -m nightly"))

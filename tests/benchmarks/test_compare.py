@@ -16,6 +16,7 @@ def test_nf4_is_bitsandbytes():
     torch.testing.assert_close(compare.nf4(weight), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_records_every_figure_with_its_interval(tmp_path, monkeypatch, llama, tokenizer, make_llama):
     monkeypatch.setenv("COURSE_WORK", str(tmp_path))
     monkeypatch.setattr(tasks, "WORDS", 8)

@@ -65,6 +65,7 @@ def run(tmp_path, monkeypatch):
 # --- the whole benchmark ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_step_that_a_cpu_can_run_leaves_its_figures(whole_run):
     _, records = whole_run
     found = {}
@@ -83,6 +84,7 @@ def test_every_step_that_a_cpu_can_run_leaves_its_figures(whole_run):
     assert {artifact for artifact, _ in found["decode-int8"]} == {"bnb-int8"}
 
 
+@pytest.mark.slow
 def test_ratios_belong_to_their_times(whole_run):
     _, records = whole_run
     value = {(r["artifact"], r["key"]): r["value"] for r in records}
@@ -94,6 +96,7 @@ def test_ratios_belong_to_their_times(whole_run):
         assert value["bnb-nf4", f"throughput-b{batch}"] == pytest.approx(rate)
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_is_named(whole_run):
     run, _ = whole_run
     skipped = [line.split() for line in run.lines if "skipped" in line]
@@ -119,6 +122,7 @@ def test_kernels_are_grouped_by_what_they_are_for(kernel, group):
     assert shape_7b.group_of(kernel) == group
 
 
+@pytest.mark.slow
 def test_a_step_measured_again_leaves_the_other_steps_alone(run):
     run.record("prefill", 1.0, "ms", "dense", {})
     run.begin("wanda")
@@ -136,6 +140,7 @@ def test_an_unknown_step_is_refused(capsys):
 # --- when something fails --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failing_kernel_is_noted_and_the_others_go_on(run, monkeypatch):
     def broken(linear):
         raise RuntimeError("no kernel for this GPU\nand a long explanation")

@@ -31,6 +31,7 @@ torch.eye(2).to_sparse_csr()
 """
 
 
+@pytest.mark.slow
 def test_no_library_greets():
     """Neither those that a first cell imports (torchao comes with transformers' trainer) nor those imported later."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"CI": "1"}
@@ -94,6 +95,7 @@ def test_gpu_memory_cap(monkeypatch, limit, expected):
     assert fractions == ([] if expected is None else [pytest.approx(expected)])
 
 
+@pytest.mark.slow
 def test_the_first_cell_of_a_notebook_prints_nothing_to_stderr():
     """torchao says which of its libraries it did not load, and PyTorch that torchao registers enumerations."""
     said = {}

@@ -41,6 +41,7 @@ def notebook(tmp_path, monkeypatch):
     claims.about("embedded")
 
 
+@pytest.mark.slow
 def test_llama_cpp_crashes_and_vllm_does_not_start(notebook, plant, plant_vllm, capsys):
     plant("ctypes.string_at(0)")
     plant_vllm(f"sys.exit({REFUSAL!r})")
@@ -56,6 +57,7 @@ def test_llama_cpp_crashes_and_vllm_does_not_start(notebook, plant, plant_vllm, 
     assert "answers: direct, through HTTP and batched are the same text" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_engines_and_for_a_family_that_gguf_does_not_know(notebook, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vllm_server, "ENVIRONMENT", tmp_path / "nowhere")
     monkeypatch.setattr("common.formats.gguf._check", unknown_family)

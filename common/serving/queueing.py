@@ -2,10 +2,10 @@
 
 import asyncio
 import ipaddress
-import time
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 
 from common.serving.metrics import Metrics
 from common.serving.schemas import ApiError
@@ -59,12 +59,12 @@ class Gate:
         """Wait for a slot until `deadline` (event loop time). Raises ApiError 429 when the queue has no place."""
         await self._wait(client, deadline)
         self._metrics.running.inc()
-        start = time.monotonic()
+        start = monotonic()
         try:
             yield
         finally:
             self._metrics.running.dec()
-            end = time.monotonic()
+            end = monotonic()
             self._usage.add(client, end - start, end)
             self._leave(client)
 
@@ -89,7 +89,7 @@ class Gate:
 
     def _admit(self) -> None:
         """Fill the free places; of clients that are equal, who came first."""
-        now = time.monotonic()
+        now = monotonic()
         while self._free and self._waiting:
             chosen = min(self._waiting, key=lambda w: (self._inside[w.client], self._usage.of(w.client, now)))
             self._waiting.remove(chosen)
@@ -100,7 +100,7 @@ class Gate:
 
     def _refuse_one(self) -> None:
         """Of the client that holds and wants the most, the last to come."""
-        now, has = time.monotonic(), self._inside + Counter(w.client for w in self._waiting)
+        now, has = monotonic(), self._inside + Counter(w.client for w in self._waiting)
         refused = max(reversed(self._waiting), key=lambda w: (has[w.client], self._usage.of(w.client, now)))
         self._waiting.remove(refused)
         if not refused.turn.done():

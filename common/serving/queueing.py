@@ -10,7 +10,7 @@ from time import monotonic
 from common.serving.metrics import Metrics
 from common.serving.schemas import ApiError
 
-HALF_LIFE = 10.0  # seconds after which half of what a client has had is forgotten
+HALF_LIFE = 60.0  # seconds after which half of what a client has had is forgotten
 REMEMBERED = 4096  # clients
 
 

@@ -322,3 +322,32 @@ def test_who_sends_too_much_can_read_the_refusal(llama, tokenizer, chunked):
                     client.sendall(part)
                     time.sleep(0.01)
                 assert client.recv(100).split()[1] == b"413"
+
+
+# --- the protocol's corners ---
+
+
+def test_requests_in_one_go_are_answered_in_order_and_hold_one_place(llama, tokenizer):
+    """Three requests written at once on one connection (pipelining): each has its answer, one after the other."""
+    prompts = ("a", "hello", "why")
+    with listening(make_engine(llama, tokenizer)) as url:
+        expected = [text(complete(url, prompt)) for prompt in prompts]
+        with connect(url, b"".join(raw(prompt=prompt, max_tokens=20, temperature=0) for prompt in prompts)) as client:
+            client.settimeout(20)
+            received, most = b"", 0.0
+            while received.count(b'"finish_reason"') < len(prompts):
+                received += client.recv(65536)
+                most = max(most, metric(url, "llm_requests_running"))
+    answers = [json.loads(part[part.index(b"{") :]) for part in received.split(b"HTTP/1.1 200 OK")[1:]]
+    assert [answer["choices"][0]["text"] for answer in answers] == expected
+    assert most <= 1
+
+
+def test_a_client_of_http_1_0_gets_its_answer_and_the_end_of_the_connection(llama, tokenizer):
+    request = raw(prompt="hello", max_tokens=20, temperature=0).replace(b"HTTP/1.1", b"HTTP/1.0")
+    with listening(make_engine(llama, tokenizer)) as url:
+        expected = text(complete(url))
+        with connect(url, request) as client:
+            client.settimeout(20)
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert json.loads(received[received.index(b"{") :])["choices"][0]["text"] == expected

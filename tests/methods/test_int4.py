@@ -1,0 +1,91 @@
+"""The packed 4-bit layer: its words hold the codes, and the kernel computes with the matrix that they stand for."""
+
+import importlib
+
+import pytest
+import torch
+
+from common.methods.int4 import Int4Linear, TorchInt4, pack_words, unpack_words
+from common.methods.quantization import QuantizeConfig, rtn
+
+
+def _layer(out: int, width: int, sym: bool = False):
+    """A layer, and the matrix that its codes stand for."""
+    weight = rtn(torch.randn(out, width), QuantizeConfig(4, 128, sym=sym, mse=False, desc_act=False))
+    return Int4Linear(weight), weight.dequantize()
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel's module: compiled on a GPU, interpreted elsewhere."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return importlib.import_module("common.methods.int4_kernel")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_words_hold_the_codes(sym):
+    layer, weight = _layer(32, 11 * 128, sym)
+    assert layer.words.shape == (32, 11 * 16)
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=0, atol=0)
+    x = torch.randn(2, 3, weight.shape[1])
+    torch.testing.assert_close(layer(x), x @ weight.T)
+
+
+def test_packing_and_unpacking_undo_each_other():
+    codes = torch.randint(0, 16, (8, 384), dtype=torch.uint8)
+    assert torch.equal(unpack_words(pack_words(codes)).to(torch.uint8), codes)
+
+
+def test_bits_of_a_small_integer_are_a_bfloat16_in_its_proportion():
+    """What saves the kernel the conversion: the first bfloat16 numbers are evenly spaced, up to eight bits."""
+    codes = torch.arange(16, dtype=torch.int16)
+    for place in range(2):
+        tiny = (codes << 4 * place).view(torch.bfloat16).double()
+        assert torch.equal(tiny * 2.0**133, codes.double() * 16**place)
+        for zero in range(16):  # and what the kernel makes of it has no rounding error
+            found = tiny.bfloat16() * 2.0 ** (127 - 4 * place) - zero * 2.0**-6
+            assert torch.equal(found.double() * 64, codes.double() - zero)
+    third = (codes << 8).view(torch.bfloat16).double() * 2.0**133
+    assert not torch.equal(third, codes.double() * 16**2)
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 3), (5, 9), (17, 2), (33, 5)])
+def test_the_kernel_computes_with_the_dequantized_weight(kernel, tokens, groups):
+    """Twice: the second product finds the workspace as the first has left it."""
+    layer, weight = _layer(128, groups * 128)
+    cuda = torch.cuda.is_available()
+    device, kind = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    layer = layer.to(device)
+    for _ in range(2):
+        x = torch.randn(tokens, weight.shape[1]).to(kind)
+        found = kernel.product(x.to(device), layer.words, layer.scale, layer.zero).cpu()
+        expected = x.double() @ weight.double().T
+        assert (found.double() - expected).norm() < (2**-8 if cuda else 1e-6) * expected.norm()
+    if cuda:
+        torch.testing.assert_close(layer(x.to(device)).cpu(), found)
+
+
+def test_the_kernel_refuses_what_it_is_not_made_for(kernel):
+    layer, _ = _layer(128, 128)
+    with pytest.raises(ValueError, match="up to 64 tokens"):
+        kernel.product(torch.randn(65, 128), layer.words, layer.scale, layer.zero)
+    narrow, _ = _layer(24, 128)
+    with pytest.raises(ValueError, match=r"not 1 in torch\.float32 with 24"):
+        kernel.product(torch.randn(1, 128), narrow.words, narrow.scale, narrow.zero)
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(4, 128, sym=True, mse=False), QuantizeConfig(4, 32, mse=False)])
+def test_torch_int4_computes_with_the_dequantized_weight(config):
+    weight, x = torch.randn(96, 256), torch.randn(2, 3, 256)
+    quantized = rtn(weight, config)
+    torch.testing.assert_close(
+        TorchInt4(quantized, torch.float32)(x), x @ quantized.dequantize().T, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_other_groups_are_refused():
+    weight = rtn(torch.randn(8, 128), QuantizeConfig(4, 64, mse=False))
+    with pytest.raises(ValueError, match="4 bits in groups of 128, not QuantizeConfig"):
+        Int4Linear(weight)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.course.private import int4_product
-from common.methods.quantization import QuantizedWeight
+from common.methods.blocks import iter_linears
+from common.methods.quantization import QuantizeConfig, QuantizedWeight, rtn
 
 
 def pack_words(codes: Tensor) -> Tensor:
@@ -56,8 +57,9 @@ class Int4Linear(nn.Module):
 class TorchInt4(nn.Module):
     """The same by PyTorch's own 4-bit product (tinygemm): weight = scale · (code - 8) + offset."""
 
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, bias: Tensor | None = None):
         super().__init__()
+        self.register_buffer("bias", bias)
         scale = weight.scale.T.float()
         offset = (8 - weight.zero.T.float()) * scale
         self.register_buffer("scale_and_offset", torch.stack([scale, offset], dim=-1).to(dtype))  # [groups, out, 2]
@@ -67,4 +69,16 @@ class TorchInt4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product(x.reshape(-1, x.shape[-1]), self.codes, self.group, self.scale_and_offset)
-        return out.view(*x.shape[:-1], self.out_features)
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], self.out_features)
+
+
+def use_torch_int4(model: nn.Module, config: QuantizeConfig, device: torch.device) -> nn.Module:
+    """`model` on `device`, its blocks' linear layers rounded to nearest and multiplied by PyTorch's 4-bit product.
+
+    For timing: which codes a weight gets has no influence on it. One layer at a time is on the device in full.
+    """
+    for name, linear in list(iter_linears(model)):
+        if isinstance(linear, nn.Linear):
+            weight = rtn(linear.weight.detach().to(device), config)
+            model.set_submodule(name, TorchInt4(weight, linear.weight.dtype, linear.bias))
+    return model.to(device)

@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from common.methods.int4 import Int4Linear, TorchInt4, pack_words, unpack_words
-from common.methods.quantization import QuantizeConfig, rtn
+from common.methods.int4 import Int4Linear, TorchInt4, pack_words, unpack_words, use_torch_int4
+from common.methods.quantization import QuantizeConfig, rtn, rtn_model
 
 
 def _layer(out: int, width: int, sym: bool = False):
@@ -89,3 +89,16 @@ def test_other_groups_are_refused():
     weight = rtn(torch.randn(8, 128), QuantizeConfig(4, 64, mse=False))
     with pytest.raises(ValueError, match="4 bits in groups of 128, not QuantizeConfig"):
         Int4Linear(weight)
+
+
+@torch.no_grad()
+def test_a_model_with_packed_layers_computes_with_the_rounded_ones(make_llama):
+    config = QuantizeConfig(4, 32, mse=False, desc_act=False)
+    packed, rounded = (make_llama(hidden_size=64, intermediate_size=96, attention_bias=True) for _ in range(2))
+    torch.nn.init.normal_(packed.model.layers[0].self_attn.q_proj.bias)
+    rounded.load_state_dict(packed.state_dict())
+    rtn_model(rounded, config)
+    use_torch_int4(packed, config, torch.device("cpu"))
+    ids = torch.randint(0, packed.config.vocab_size, (2, 7))
+    assert not [name for name, module in packed.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    torch.testing.assert_close(packed(ids).logits, rounded(ids).logits, rtol=1e-3, atol=1e-4)

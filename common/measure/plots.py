@@ -229,22 +229,6 @@ def lines(
     return figure
 
 
-def shares_of_limit(shares: dict[str, dict[int, float]], title: str) -> Figure:
-    """Share of the roofline's limit that each kernel reaches, over the tokens that meet the weights at once."""
-    figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, series), color in zip(shares.items(), colors(shares), strict=True):
-        axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
-    axis.axhline(1, color=GREY, linestyle="--")
-    limit = "limit of memory or arithmetic, its own for each"
-    axis.annotate(limit, (0.01, 1.02), xycoords=("axes fraction", "data"), fontsize=8)
-    tokens = sorted({count for series in shares.values() for count in series})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(tokens, [str(count) for count in tokens])
-    axis.set(xlabel="tokens at once", ylabel="share of the limit", title=title, ylim=(0, 1.15))
-    axis.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def load_curve(levels: pd.DataFrame, knee: int, limits: dict[str, float]) -> Figure:
     """A `loadtest.LoadTest`'s levels over the number of users; `limits`: milliseconds of the SLO by quantity."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)

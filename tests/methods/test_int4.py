@@ -1,10 +1,12 @@
 """The packed 4-bit layer: its words hold the codes, and the kernel computes with the matrix that they stand for."""
 
 import importlib
+import json
 
 import pytest
 import torch
 
+from common.course.settings import CHAPTER, ROOT
 from common.methods.int4 import Int4Linear, TorchInt4, pack_words, unpack_words, use_torch_int4
 from common.methods.quantization import QuantizeConfig, rtn, rtn_model
 
@@ -102,3 +104,13 @@ def test_a_model_with_packed_layers_computes_with_the_rounded_ones(make_llama):
     ids = torch.randint(0, packed.config.vocab_size, (2, 7))
     assert not [name for name, module in packed.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
     torch.testing.assert_close(packed(ids).logits, rounded(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_the_lines_that_notebook_03_explains_are_the_kernels():
+    notebook = CHAPTER / "Lab-3.1-Quantization" / "03-Inference.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    [text] = [text for cell in cells if "tl.dot(low" in (text := "".join(cell["source"]))]
+    shown = text.split("```python\n")[1].split("```")[0]
+    assert shown in (ROOT / "common" / "methods" / "int4_kernel.py").read_text(encoding="utf-8")
+    explained = [line for line in text.splitlines() if line.split(".")[0].isdigit()]
+    assert len(explained) == len(set(shown.splitlines())) - 1, "a line for each (the two of `tl.dot` share one)"

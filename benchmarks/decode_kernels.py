@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.course.private import int4_product
 from common.formats.gptq import pack_linear
-from common.methods.quantization import QuantizeConfig, QuantizedWeight, rtn
+from common.methods.int4 import Int4Linear, TorchInt4
+from common.methods.quantization import QuantizeConfig, rtn
 
 # Symmetric, as Marlin wants it. Which codes a weight gets has no influence on speed: rounding will do.
 CONFIG = QuantizeConfig(bits=4, group_size=128, sym=True, mse=False, desc_act=False)
@@ -119,68 +119,12 @@ class LeanLayer(nn.Module):
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-class TorchInt4(nn.Module):
-    """PyTorch's own 4-bit product (tinygemm): weight = scale · (code - 8) + offset."""
-
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
-        super().__init__()
-        scale = weight.scale.T.float()
-        offset = (8 - weight.zero.T.float()) * scale
-        self.register_buffer("scale_and_offset", torch.stack([scale, offset], dim=-1).to(dtype))  # [groups, out, 2]
-        self.group, self.out_features = weight.config.group_size, len(weight.codes)
-        codes, self.product = int4_product(weight.codes)
-        self.register_buffer("codes", codes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.product(x.reshape(-1, x.shape[-1]), self.codes, self.group, self.scale_and_offset)
-        return out.view(*x.shape[:-1], self.out_features)
-
-
 def torch_int4(linear: nn.Linear) -> nn.Module:
     return TorchInt4(rtn(linear.weight.detach(), CONFIG), linear.weight.dtype)
 
 
-def pack_words(codes: Tensor) -> Tensor:
-    """4-bit codes [out, in] as int32 words [out, in / 8]; the eight codes of a word are 16 columns apart.
-
-    So the words of a row lie side by side, and so do the inputs that meet their codes of one place: both are read fast.
-    """
-    places = codes.int().unflatten(1, (-1, 8, 16)).unbind(2)
-    return sum(part << 4 * place for place, part in enumerate(places)).flatten(1).contiguous()
-
-
-def unpack_words(words: Tensor) -> Tensor:
-    """The codes [out, in] that `pack_words` was given."""
-    places = [(words.unflatten(1, (-1, 16)) >> 4 * place) & 15 for place in range(8)]
-    return torch.stack(places, dim=2).flatten(1)
-
-
-class TritonInt4(nn.Module):
-    """The course's own kernel for one token; several at once are multiplied with the dequantized matrix."""
-
-    def __init__(self, weight: QuantizedWeight):
-        super().__init__()
-        self.config = weight.config
-        if (self.config.bits, self.config.group_size) != (4, 128):
-            raise ValueError(f"The kernel is for 4 bits in groups of 128, not {self.config}.")
-        self.register_buffer("words", pack_words(weight.codes))
-        self.register_buffer("scale", weight.scale.contiguous())
-        self.register_buffer("zero", weight.zero.to(weight.scale.dtype).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.shape[-1]:
-            return F.linear(x, self.dequantize().to(x.dtype))
-        from benchmarks.triton_int4 import product  # without a GPU, there is no Triton
-
-        return product(x.flatten(), self.words, self.scale, self.zero).view(*x.shape[:-1], -1)
-
-    def dequantize(self) -> Tensor:
-        """The float32 matrix [out, in]."""
-        return QuantizedWeight(unpack_words(self.words), self.scale, self.zero, self.config).dequantize()
-
-
-def triton_int4(linear: nn.Linear) -> nn.Module:
-    return TritonInt4(rtn(linear.weight.detach(), CONFIG))
+def course_int4(linear: nn.Linear) -> nn.Module:
+    return Int4Linear(rtn(linear.weight.detach(), CONFIG))
 
 
 class BnbNF4(nn.Module):
@@ -261,7 +205,7 @@ def _gptq(module: str, name: str, extension: str = "") -> Kernel:
 KERNELS = {
     "original": Kernel(lambda linear: linear),
     "torch-int4": Kernel(torch_int4),
-    "triton-int4": Kernel(triton_int4, gpu_only=True, most=1),
+    "triton-int4": Kernel(course_int4, gpu_only=True, most=64),
     "bnb-nf4": Kernel(BnbNF4),
     "bnb-int8": Kernel(BnbInt8, torch.float16),
     "gptq-triton": _gptq("tritonv2", "TritonV2Linear"),

@@ -56,6 +56,7 @@ from common.measure.benchmarking import (
     synchronize,
 )
 from common.measure.results import Recorder, read
+from common.measure.roofline import measure_bandwidth
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model
@@ -154,17 +155,10 @@ class Run:
         release_memory()  # here, where the error no longer holds the model
 
     def bandwidth(self) -> float:
-        """Bytes per second at which this device reads memory: the better of summing up and of copying."""
+        """Bytes per second at which this device reads memory."""
         if not self._bandwidth:
-            size = 2 * GIB if self.device.type == "cuda" else GIB // 16
-            data = torch.ones(size // 4, device=self.device)
-            target = torch.empty_like(data)
-            total = measure_latency(data.sum, 20, self.device).percentile(50)
-            copy = measure_latency(lambda: target.copy_(data), 20, self.device).percentile(50)
-            self._bandwidth = max(size / total, 2 * size / copy)
-            del data, target
-            release_memory()
-            protocol = {"bytes": size, "how": "the better of sum and copy"}
+            self._bandwidth = measure_bandwidth(self.device)
+            protocol = {"how": "the better of sum and copy"}
             self.record("bandwidth", self._bandwidth / 1e9, "GB/s", "memory", protocol, n=20)
         return self._bandwidth
 

@@ -33,5 +33,6 @@ def int4_product(codes: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, int, 
     """
     if codes.is_cuda:
         pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # even columns in the high half of a byte
-        return torch._convert_weight_to_int4pack(pairs.contiguous(), 8), torch._weight_int4pack_mm
+        tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)  # of 16 inputs, in one tile
+        return torch._convert_weight_to_int4pack(pairs.contiguous(), tiles), torch._weight_int4pack_mm
     return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), torch._weight_int4pack_mm_for_cpu

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import StaticCache
 
 from common.course.environment import reset_gpu_peak
-from common.measure.cuda_graph import graphed
+from common.measure.cuda_graph import graphed, using_attention
 
 
 @dataclass(frozen=True)
@@ -93,35 +93,47 @@ class Decoder:
         return out.logits[:, -1]
 
     def _check_recording(self) -> None:
-        """Compare a replay with the model itself.
-
-        A kernel that is started on another stream than PyTorch's current one (ExLlamaV2's in GPTQModel 7.6.0 is) runs
-        while the step is recorded, but is not recorded: replays silently leave it out, and look fast. Rounding alone
-        makes a percent (a library may sum in another order while recording), a missing product far more than ten.
-        """
         recorded, self.cache = self.cache, copy.deepcopy(self.cache)  # a full window moves on with every step
         expected, self.cache = self._step(), recorded
-        if not (self.run() - expected).norm() <= 0.1 * expected.norm():  # NaN is no match either
-            raise RuntimeError(
-                "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
-                "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
-            )
+        check_replay(self.run(), expected)
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
         return self.run()
 
 
+def check_replay(replayed: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare what a CUDA graph computes with the model itself; RuntimeError where they differ.
+
+    A kernel that is started on another stream than PyTorch's current one (ExLlamaV2's in GPTQModel 7.6.0 is) runs
+    while the step is recorded, but is not recorded: replays silently leave it out, and look fast. Rounding alone
+    makes a percent (a library may sum in another order while recording), a missing product far more than ten.
+    """
+    if not (replayed - expected).norm() <= 0.1 * expected.norm():  # NaN is no match either
+        raise RuntimeError(
+            "The recorded decoding step computes something else than the model: a kernel of its layers ignores the "
+            "current CUDA stream, so the CUDA graph lacks it. Choose another kernel."
+        )
+
+
 @torch.inference_mode()
 def prefill(model: nn.Module, batch: int, context: int) -> Callable[[], torch.Tensor]:
-    """A function that reads a prompt of `context` tokens for `batch` sequences: what the first token waits for."""
+    """A function that reads a prompt of `context` tokens for `batch` sequences: what the first token waits for.
+
+    On a GPU it replays a CUDA graph; RuntimeError as in `Decoder`.
+    """
     prompt = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
 
     @torch.inference_mode()
-    def run():
+    def read():
         return model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits
 
-    return run
+    if model.device.type != "cuda":
+        return read
+    with using_attention(model, "causal"):
+        replay = graphed(read, model.device)
+    check_replay(replay(), read())
+    return replay
 
 
 def release_memory() -> None:

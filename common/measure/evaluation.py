@@ -177,6 +177,15 @@ def better(a: Quality, b: Quality) -> bool:
     return compare(a, b).log_perplexity.high < 0
 
 
+def pareto_front(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Of (bits, distortion, name) those that no other has both at most the bits and less distortion of, by bits."""
+    front = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
 def quality_table(qualities: dict[str, Quality], reference: Quality) -> pd.DataFrame:
     """A row per model: perplexity, the multiple of the reference's with its interval, KL, share of flipped tokens."""
     rows = {}

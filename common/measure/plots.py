@@ -229,12 +229,19 @@ def lines(
     return figure
 
 
-def load_curve(levels: pd.DataFrame, knee: int, limits: dict[str, float]) -> Figure:
-    """A `loadtest.LoadTest`'s levels over the number of users; `limits`: milliseconds of the SLO by quantity."""
+def load_curve(levels: pd.DataFrame, knee: int, limits: dict[str, float], breaks: int | None = None) -> Figure:
+    """A `loadtest.LoadTest`'s levels over the number of users; `limits`: milliseconds of the SLO by quantity.
+
+    breaks: the number of users with whom the objective is missed, drawn through all panels.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)
     axes[0].plot(levels.index, levels["tokens/s"], "o-", color=BLUE)
     axes[0].axvline(knee, color=GREY, linestyle=":")
     axes[0].annotate(f"knee: {knee}", (knee, 0.04), xycoords=("data", "axes fraction"), ha="left", fontsize=9)
+    for axis in axes if breaks else ():
+        axis.axvline(breaks, color=ORANGE, linestyle="--", linewidth=0.9)
+    if breaks:
+        axes[0].annotate(f"SLO breaks: {breaks}", (breaks, 0.14), xycoords=("data", "axes fraction"), fontsize=9)
     share = axes[0].twinx()
     share.plot(levels.index, 100 * levels["in SLO"], "s--", color=ORANGE)
     share.set(ylim=(0, 105))

@@ -61,6 +61,12 @@ class LoadTest:
         """
         return int((self.levels["tokens/s"] ** 2 / self.levels.index).idxmax())
 
+    @property
+    def breaks(self) -> int | None:
+        """The fewest users of whom less than nine in ten answers meet the objective; None if it holds throughout."""
+        missed = self.levels.index[self.levels["in SLO"] < 0.9]
+        return int(missed[0]) if len(missed) else None
+
 
 def scrape(url: str, api_key: str = "") -> Counter:
     """The service's metrics now: name → value, summed over labels; histogram buckets as name:upper bound."""

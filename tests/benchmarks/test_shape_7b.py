@@ -6,15 +6,13 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import decode_kernels, shape_7b
 from benchmarks.decode_kernels import (
     CONFIG,
     KERNELS,
     Kernel,
-    TorchInt4,
-    TritonInt4,
     bytes_of_weights,
     bytes_per_step,
     use_kernel,
@@ -23,7 +21,7 @@ from benchmarks.shape_7b import Build, NotHere, Run, floor_seconds
 from common.course.settings import load_settings
 from common.measure import results
 from common.measure.benchmarking import Decoder
-from common.methods.quantization import QuantizeConfig, rtn
+from common.methods.quantization import rtn
 
 UNITS = {
     "bandwidth": "GB/s",
@@ -194,57 +192,6 @@ def test_kernels_compile_only_when_gptq_is_not_being_timed(run, monkeypatch):
 
 
 # --- what the kernels compute ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [CONFIG, QuantizeConfig(bits=4, group_size=32, mse=False)])
-def test_torch_int4_computes_with_the_dequantized_weight(config):
-    weight, x = torch.randn(96, 256), torch.randn(2, 3, 256)
-    quantized = rtn(weight, config)
-    torch.testing.assert_close(
-        TorchInt4(quantized, torch.float32)(x), x @ quantized.dequantize().T, rtol=1e-4, atol=1e-3
-    )
-
-
-def _one_token_layer(sym: bool) -> tuple[TritonInt4, Tensor]:
-    """A layer of the course's own kernel, and the matrix that its codes stand for."""
-    weight = rtn(torch.randn(32, 11 * 128), QuantizeConfig(4, 128, sym=sym, mse=False, desc_act=False))
-    return TritonInt4(weight), weight.dequantize()
-
-
-@pytest.mark.parametrize("sym", [True, False])
-def test_the_words_of_our_kernel_hold_the_codes(sym):
-    layer, weight = _one_token_layer(sym)
-    assert layer.words.shape == (32, 11 * 16)
-    torch.testing.assert_close(layer.dequantize(), weight, rtol=0, atol=0)
-    x = torch.randn(2, 3, weight.shape[1])
-    torch.testing.assert_close(layer(x), x @ weight.T)
-
-
-def test_bits_of_a_small_integer_are_a_float_in_its_proportion():
-    """What saves our kernel the conversion: below 2^24 the floats are evenly spaced."""
-    codes = torch.arange(16, dtype=torch.int32)
-    for place in range(6):
-        tiny = (codes << 4 * place).view(torch.float32).double()
-        assert torch.equal(tiny * 2.0**149, codes.double() * 16**place)
-    seventh = (codes << 24).view(torch.float32).double() * 2.0**149
-    assert not torch.equal(seventh, codes.double() * 16**6)
-
-
-@pytest.mark.parametrize("sym", [True, False])
-def test_our_kernel_computes_with_the_dequantized_weight(sym):
-    """On a GPU, or in Triton's interpreter; elsewhere only `use_kernel` checks it, when figures are recorded."""
-    pytest.importorskip("triton")
-    layer, weight = _one_token_layer(sym)
-    x = torch.randn(1, 1, weight.shape[1])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = layer.to(device)(x.to(device)).cpu()
-    torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
-
-
-def test_our_kernel_refuses_other_groups():
-    weight = rtn(torch.randn(8, 128), QuantizeConfig(4, 64, mse=False))
-    with pytest.raises(ValueError, match="4 bits in groups of 128, not QuantizeConfig"):
-        TritonInt4(weight)
 
 
 def test_layers_of_gptqmodel_compute_with_the_dequantized_weight():

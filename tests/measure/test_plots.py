@@ -1,7 +1,9 @@
 """The figures: a method has its one color, and a logarithmic axis no bars."""
 
-from common.measure import plots
-from common.measure.evaluation import Estimate
+import torch
+
+from common.measure import plots, quantization_plots
+from common.measure.evaluation import Estimate, pareto_front
 
 
 def test_a_label_has_the_color_of_the_method_that_it_names_first():
@@ -46,3 +48,25 @@ def test_ratios_have_their_methods_colors():
     one = Estimate(1.1, 0.01, 1.05, 1.15)
     figure = plots.ratios({"GPTQ, all on": one, "something else": one}, "")
     assert [line.get_color() for line in figure.axes[0].lines[:1]] == [plots.METHODS["gptq"]]
+
+
+def test_the_front_is_what_nobody_beats():
+    points = [(4.5, 0.2, "RTN"), (4.3, 0.1, "GPTQ"), (3.3, 0.5, "GPTQ"), (4.3, 0.12, "AWQ"), (8.3, 0.01, "RTN")]
+    assert pareto_front(points) == [(3.3, 0.5, "GPTQ"), (4.3, 0.1, "GPTQ"), (8.3, 0.01, "RTN")]
+
+
+def test_bits_against_distortion_shows_every_point_and_the_front():
+    found = {"GPTQ": [(4.3, Estimate(0.1, 0.01, 0.08, 0.12))], "RTN": [(4.3, Estimate(0.2, 0.3, -0.4, 0.8))]}
+    axis = quantization_plots.bits_against_distortion(found, "").axes[0]
+    assert axis.get_yscale() == "log"
+    assert axis.get_legend_handles_labels()[1][-3:] == ["front", "GPTQ", "RTN"]
+
+
+def test_frames_share_a_scale_and_the_heat_map_shows_the_largest_input():
+    images = {"before": torch.zeros(4, 8), "end": torch.rand(4, 8)}
+    panels = [axis.images[0].get_clim() for axis in quantization_plots.frames(images, "").axes if axis.images]
+    assert len(panels) == 2 and panels[0] == panels[1]
+    H = torch.eye(32)
+    H[20, 20] = 50
+    part = quantization_plots.hessian(H, 8, "").axes[0].images[0]
+    assert part.get_array().max() > 1.6 and part.get_extent()[0] <= 20 < part.get_extent()[1]

@@ -62,6 +62,15 @@ def test_knee_is_where_twice_the_users_bring_less_than_41_percent():
     assert LoadTest(levels, pd.DataFrame(), []).knee == 4
 
 
+def test_the_objective_breaks_with_the_first_level_that_misses_it():
+    def breaks(*shares):
+        return LoadTest(pd.DataFrame({"in SLO": shares}, index=[1, 4, 16]), pd.DataFrame(), []).breaks
+
+    assert breaks(1.0, 0.9, 0.89) == 16
+    assert breaks(1.0, 0.5, 0.95) == 4
+    assert breaks(1.0, 1.0, 1.0) is None
+
+
 def test_histogram_quantile_is_prometheus_own():
     """Prometheus' documentation: linear interpolation within the bucket; checked against observations."""
     name, values = "x", np.random.default_rng(0).gamma(2, 0.4, 4000)
@@ -98,7 +107,7 @@ def test_load_test_of_a_running_service(llama, chatty):
     answered = after["llm_request_duration_seconds_count"] - before["llm_request_duration_seconds_count"]
     assert answered >= test.levels["answered"].sum()
     labels = {f"{users} users": begin for users, begin in zip(test.levels.index, test.steps, strict=False)}
-    assert len(plots.load_curve(test.levels, test.knee, {"TTFT": 200, "TPOT": 100}).axes) == 4
+    assert len(plots.load_curve(test.levels, test.knee, {"TTFT": 200, "TPOT": 100}, breaks=1).axes) == 4
     assert len(plots.service_series(test.series, labels).axes) == 3
 
 

@@ -45,7 +45,6 @@ from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_of_weights,
 from common.course import assets
 from common.course.assets import load_model, model_config
 from common.course.environment import GIB, prepare
-from common.course.private import compress_2_4
 from common.course.settings import PROFILES, Settings, load_settings
 from common.measure.benchmarking import (
     Decoder,
@@ -61,17 +60,7 @@ from common.measure.results import Recorder, read
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model
-from common.methods.semi_structured import (
-    LADDER,
-    TOKENS,
-    as_it_comes,
-    climb,
-    copies_beyond_cache,
-    fastest,
-    keep_first_two,
-    make_sparse,
-    transposed,
-)
+from common.methods.semi_structured import LADDER, climb, keep_first_two, make_sparse, product_times
 from tools import tables
 
 assets.SHAPES["tiny"] = LlamaConfig(
@@ -324,36 +313,15 @@ def sparse(run: Run) -> None:
     config = model_config(run.settings.model)
     width, hidden = config.hidden_size, config.intermediate_size
     for name, shape in {"q_proj": (width, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}.items():
+        weight = torch.randn(shape, device=run.device, dtype=torch.bfloat16)
+        keep_first_two(weight)
         for tokens in run.settings.token_counts:
-            seconds = sparse_products(shape, tokens, run.device)
+            dense, default, best = product_times(weight, tokens).values()
             record = partial(run.record, artifact=name, protocol={"tokens": tokens, "cache": "cold"})
-            for kind, value in seconds.items():
-                record(f"{kind}-{tokens}", value * 1e6, "µs")
-            record(f"sparse-speed-{tokens}", seconds["dense"] / seconds["sparse"], "× dense")
-            record(f"sparse-speed-default-{tokens}", seconds["dense"] / seconds["sparse-default"], "× dense")
-
-
-def sparse_products(shape: tuple[int, int], tokens: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one product with a matrix of this shape: dense, 2:4 as it comes, 2:4 searched and transposed."""
-    dense = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    x = torch.randn(-(-tokens // TOKENS) * TOKENS, shape[1], device=device, dtype=torch.bfloat16)
-    zeroed = dense.clone()
-    keep_first_two(zeroed)
-    packed = copies_beyond_cache(compress_2_4(zeroed))
-    algorithm = fastest(packed[0], x, transposed)
-    return {
-        "dense": per_product(lambda w: nn.functional.linear(x[:tokens], w), copies_beyond_cache(dense), device),
-        "sparse-default": per_product(lambda w: as_it_comes(w, x), packed, device),
-        "sparse": per_product(lambda w: transposed(w, x, algorithm), packed, device),
-    }
-
-
-@torch.inference_mode()
-def per_product(product: Callable[[Tensor], Tensor], matrices: list[Tensor], device: torch.device) -> float:
-    """Median seconds of one product, of at least forty that a CUDA graph holds, with each of `matrices` in turn."""
-    rounds = -(-40 // len(matrices))
-    step = graphed(lambda: [product(matrix) for _ in range(rounds) for matrix in matrices][-1], device)
-    return measure_latency(step, 20, device).percentile(50) / (rounds * len(matrices))
+            for key, value in {"dense": dense, "sparse-default": default, "sparse": best}.items():
+                record(f"{key}-{tokens}", value * 1e6, "µs")
+            record(f"sparse-speed-default-{tokens}", dense / default, "× dense")
+            record(f"sparse-speed-{tokens}", dense / best, "× dense")
 
 
 # --- compression -----------------------------------------------------------------------------------------------------

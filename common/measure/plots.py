@@ -215,6 +215,19 @@ def latency_histogram(seconds: dict[str, list[float]], title: str) -> Figure:
     return figure
 
 
+def turns(panels: dict[str, dict[str, list[float]]], title: str) -> Figure:
+    """Milliseconds of what was measured in turns, a dot per round, a panel per quantity; every axis starts at zero."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
+    for axis, (quantity, seconds) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), color in zip(seconds.items(), colors(seconds), strict=True):
+            axis.plot(range(1, len(values) + 1), 1e3 * np.array(values), "o", color=color, label=name, alpha=0.8)
+        axis.set(title=quantity, xlabel="round", ylabel="ms")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
 def lines(
     points: dict[str, dict[float, float]], xlabel: str, ylabel: str, title: str, *, xscale="linear", yscale="linear"
 ) -> Figure:

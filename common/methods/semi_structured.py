@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.course.private import compress_2_4, fastest_2_4, product_2_4
+from common.measure.benchmarking import per_product
 from common.methods.blocks import iter_linears
 
 TOKENS = 8  # cuSPARSELt multiplies 16-bit matrices whose sides are multiples of this
@@ -61,7 +62,7 @@ _found: dict[tuple, int] = {}  # algorithms, by what they were searched for
 
 
 def fastest(packed: Tensor, x: Tensor, way: Way) -> int:
-    """The algorithm that cuSPARSELt finds fastest for this shape, layout of x and way. Not to be recorded in a graph."""
+    """The algorithm that cuSPARSELt finds fastest for this shape, layout of x and way; no graph can record a search."""
     key = (packed.numel(), x.shape, x.stride(), way is transposed, x.device)
     if key not in _found:
         _found[key] = fastest_2_4(packed, x.T, transpose_result=way is transposed)
@@ -117,12 +118,16 @@ def keep_first_two(weight: Tensor) -> None:
     weight.unflatten(1, (-1, 4))[..., 2:].zero_()
 
 
-def copies_beyond_cache(matrix: Tensor) -> list[Tensor]:
-    """A matrix and copies of it, so many that none is left in the GPU's cache when its turn comes again.
+def product_times(weight: Tensor, tokens: int) -> dict[str, float]:
+    """Seconds of a product of `tokens` rows with a 2:4 weight [out, in]: dense, as it comes, at its best.
 
-    A model reads every matrix once per pass; one that is timed alone, again and again, would be read from the cache.
+    From memory, not from the GPU's cache, and without Python in between (`per_product`).
     """
-    if matrix.device.type != "cuda":
-        return [matrix]
-    cache = torch.cuda.get_device_properties(matrix.device).L2_cache_size
-    return [matrix] + [matrix.clone() for _ in range(-(-2 * cache // matrix.nbytes))]
+    x = torch.randn(-(-tokens // TOKENS) * TOKENS, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    packed = compress_2_4(weight)
+    algorithm = fastest(packed, x, transposed)
+    return {
+        "dense": per_product(lambda w: F.linear(x[:tokens], w), torch.randn_like(weight)),
+        "as it comes": per_product(lambda w: as_it_comes(w, x), packed),
+        "searched, transposed by the kernel": per_product(lambda w: transposed(w, x, algorithm), packed),
+    }

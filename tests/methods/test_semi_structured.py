@@ -13,7 +13,7 @@ from torch import nn
 from common.methods import semi_structured
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, prune_model
-from common.methods.semi_structured import LADDER, SparseLinear, climb, copies_beyond_cache, keep_first_two, make_sparse
+from common.methods.semi_structured import LADDER, SparseLinear, climb, keep_first_two, make_sparse
 
 
 @pytest.fixture
@@ -116,12 +116,9 @@ def test_what_is_not_2_4_is_refused_by_name(make_llama, calls):
         make_sparse(model)
 
 
-def test_copies_are_for_a_cache_that_is_known():
-    assert len(copies_beyond_cache(torch.ones(4))) == 1
-
-
-@pytest.mark.gpu
-def test_copies_exceed_the_cache():
-    matrix = torch.ones(2**20, device="cuda")
-    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
-    assert sum(copy.nbytes for copy in copies_beyond_cache(matrix)[1:]) >= 2 * cache
+def test_times_of_a_product_are_of_these_three(calls):
+    weight = torch.randn(16, 32)
+    keep_first_two(weight)
+    times = semi_structured.product_times(weight, tokens=3)
+    assert list(times) == ["dense", "as it comes", "searched, transposed by the kernel"] and min(times.values()) > 0
+    assert set(calls) == {(0, False), (7, True)}

@@ -70,8 +70,8 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Median seconds of `run` in each round, for each of `names`: `put(name)` makes ready what is timed.
 
-    A B, B A, A B, ...: what drifts meanwhile (clocks, other programs) falls on all alike, and cancels in the differences
-    within a round.
+    A B, B A, A B, ...: what drifts meanwhile (clocks, other programs) falls on all alike, and cancels in the
+    differences within a round.
     """
     medians: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):

@@ -1,7 +1,7 @@
 """Win back what pruning cost: a short distillation from the dense model, with the zeros held at zero.
 
 What is trained is small enough for a card that just holds the model: W + M ⊙ (B·A), a low-rank change (LoRA, Hu et
-al., arXiv:2106.09685) under the mask of the weights that stayed. Merged, it is the same sparse matrix with other values.
+al., arXiv:2106.09685) under the mask of the weights that stayed. Merged, it is as sparse as before.
 """
 
 from collections.abc import Iterator

@@ -79,7 +79,7 @@ def contribution(down: Tensor, statistic: Statistic) -> Tensor:
 
 
 def activation(down: Tensor, statistic: Statistic) -> Tensor:
-    """‖activations‖₂ of every hidden unit, whatever is made of them (Minitron, Muralidharan et al., arXiv:2407.14679)."""
+    """‖activations‖₂ of every hidden unit, whatever is made of them (Minitron, arXiv:2407.14679)."""
     return statistic.norms
 
 
@@ -94,7 +94,7 @@ def reconstruct(weight: Tensor, hessian: Tensor, kept: Tensor, damp_percent: flo
     """
     damped = hessian + damp_percent * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     factor = torch.linalg.cholesky(damped[kept][:, kept])
-    return torch.cholesky_solve(damped[kept] @ weight.float().T, factor).T
+    return torch.cholesky_solve(damped[kept] @ weight.to(damped.dtype).T, factor).T
 
 
 @torch.no_grad()

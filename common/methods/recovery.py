@@ -31,9 +31,12 @@ class MaskedLoRA(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Give every linear layer of the blocks a `MaskedLoRA`, and freeze all else; returns what is to be trained."""
+    """Give every nn.Linear of the blocks a `MaskedLoRA`, and freeze all else; returns what is to be trained.
+
+    The matrices of experts that a kernel of their own multiplies stay as they are.
+    """
     model.requires_grad_(False)
-    for _, linear in iter_linears(model):
+    for linear in (linear for _, linear in iter_linears(model) if isinstance(linear, nn.Linear)):
         parametrize.register_parametrization(linear, "weight", MaskedLoRA(linear.weight, rank))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -279,7 +279,7 @@ def prefill(run: Run) -> None:
     def measure(name: str) -> Tensor:
         with using_attention(model, "causal"):
             step = graphed(logits, device)
-            times[name] = measure_latency(step, runs, device).percentile(50)
+            times[name] = measure_latency(step, runs, device, warmup=runs).percentile(50)  # seconds: clocks settle
             found = step().float().clone()
         record = partial(run.record, artifact=name, n=runs)
         protocol = {"tokens": tokens, "batch": 1, "cuda graph": device.type == "cuda", "attention": "causal"}

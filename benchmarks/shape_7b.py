@@ -7,8 +7,8 @@ cannot run here is listed with its reason, and the other steps go on.
 
     decode      a decoding step per kernel and batch, as ratio to 16 bits and as share of the memory-bandwidth floor
     profile     where a decoding step of 16 and of 4 bits spends its time, kernel by kernel
-    prefill     a prompt through 16-bit weights, dense and 2:4
-    sparse      the 2:4 products of the shape's matrices
+    prefill     a prompt through 16-bit weights, dense, and 2:4 on every rung of the ladder
+    sparse      the 2:4 products of the shape's matrices, as they come and at their best
     gptq        GPTQ, few windows; blocks streamed from host memory through --gpu-memory gibibytes
     gptqmodel   the same windows through GPTQModel
     gptq-long   GPTQ, many windows
@@ -55,11 +55,13 @@ from common.measure.benchmarking import (
     sparse_kernels,
     synchronize,
 )
+from common.measure.cuda_graph import using_attention
 from common.measure.results import Recorder, read
 from common.measure.roofline import measure_bandwidth
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model
+from common.methods.semi_structured import LADDER, climb, keep_first_two, make_sparse, product_times
 from tools import tables
 
 assets.SHAPES["tiny"] = LlamaConfig(
@@ -253,65 +255,67 @@ def profile_with(run: Run, name: str, kernel: Kernel) -> None:
         run.say(f"{name:18} {kernels[kernel_name]:8.3f} ms  {group_of(kernel_name):10} {kernel_name[:80]}")
 
 
-def sparse_weight(weight: Tensor) -> Tensor:
-    """`weight` with every second pair of inputs removed, in the compressed form of PyTorch's 2:4 kernels."""
-    kept = torch.arange(weight.shape[1], device=weight.device) % 4 < 2
-    return torch.sparse.to_sparse_semi_structured(weight.detach() * kept)
-
-
 def prefill(run: Run) -> None:
-    """A prompt through the model, dense, and with every linear layer of its blocks 2:4."""
+    """A prompt through the model: dense, then with all layers 2:4, once for each rung of the ladder.
+
+    The random weights become 2:4 in place, so that one copy of them is enough; both use the same fast attention.
+    """
     settings, device, tokens = run.settings, run.device, run.settings.window_tokens
     model = load_model(settings.model, settings.dtype, device)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
-    runs = max(5, settings.latency_runs // 10)
+    runs = max(20, settings.latency_runs // 5)
     times: dict[str, float] = {}
 
-    def measure(name: str) -> None:
-        with torch.inference_mode():
-            step = graphed(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits, device)
-            times[name] = measure_latency(step, runs, device).percentile(50)
+    @torch.inference_mode()
+    def logits() -> Tensor:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+    def measure(name: str) -> Tensor:
+        with using_attention(model, "causal"):
+            step = graphed(logits, device)
+            times[name] = measure_latency(step, runs, device, warmup=runs).percentile(50)  # seconds: clocks settle
+            found = step().float().clone()
         record = partial(run.record, artifact=name, n=runs)
-        protocol = {"tokens": tokens, "batch": 1, "cuda graph": device.type == "cuda"}
+        protocol = {"tokens": tokens, "batch": 1, "cuda graph": device.type == "cuda", "attention": "causal"}
         record("prefill", times[name] * 1e3, "ms", protocol=protocol)
         record("prefill-speed", times["dense"] / times[name], "× dense", protocol=protocol)
+        return found
 
     measure("dense")
+    for _, linear in iter_linears(model):
+        keep_first_two(linear.weight.detach())
+    with using_attention(model, "causal"):
+        expected = logits().float()
     if not sparse_kernels(device):
         raise NotHere("2:4 kernels need a GPU (Ampere or later)")
+    make_sparse(model)
     release_memory()
-    for _, linear in iter_linears(model):
-        linear.weight = nn.Parameter(sparse_weight(linear.weight), requires_grad=False)
-    release_memory()
-    measure("2:4")
-    # The sparse product comes in columns, fast attention kernels want rows: PyTorch takes a slow one in their place.
-    for _, linear in iter_linears(model):
-        linear.register_forward_hook(lambda module, inputs, product: product.contiguous())
-    measure("2:4, in rows")
+    for name, rung in LADDER.items():
+        climb(model, rung)
+        error = ((measure(name) - expected).norm() / expected.norm()).item()
+        run.record("prefill-error", error, "relative", name, {"tokens": tokens, "against": "the same zeros, dense"})
+        release_memory()
 
 
 def sparse(run: Run) -> None:
-    """2:4 against dense products, by the number of tokens, without Python between the kernels.
+    """2:4 against dense products, by the number of tokens: as it comes, and the best of the ladder.
 
-    A product is repeated on the same matrix, of which the GPU's cache keeps what fits (an H100's: 50 MB).
+    Without Python between the kernels, and on copies of the matrix that the GPU's cache cannot hold.
     """
     if not sparse_kernels(run.device):
         raise NotHere("2:4 kernels need a GPU (Ampere or later)")
-    from triton.testing import do_bench_cudagraph
-
-    config, dtype = model_config(run.settings.model), torch.bfloat16
+    config = model_config(run.settings.model)
     width, hidden = config.hidden_size, config.intermediate_size
     for name, shape in {"q_proj": (width, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}.items():
-        dense = torch.randn(shape, device=run.device, dtype=dtype)
-        compressed = sparse_weight(dense)
+        weight = torch.randn(shape, device=run.device, dtype=torch.bfloat16)
+        keep_first_two(weight)
         for tokens in run.settings.token_counts:
-            x = torch.randn(tokens, shape[1], device=run.device, dtype=dtype)
-            with torch.inference_mode():
-                times = [do_bench_cudagraph(partial(nn.functional.linear, x, w)) for w in (dense, compressed)]
-            record = partial(run.record, artifact=name, protocol={"tokens": tokens})
-            record(f"dense-{tokens}", times[0] * 1e3, "µs")
-            record(f"sparse-{tokens}", times[1] * 1e3, "µs")
-            record(f"sparse-speed-{tokens}", times[0] / times[1], "× dense")
+            dense, default, best = product_times(weight, tokens).values()
+            record = partial(run.record, artifact=name, protocol={"tokens": tokens, "cache": "cold"})
+            for key, value in {"dense": dense, "sparse-default": default, "sparse": best}.items():
+                record(f"{key}-{tokens}", value * 1e6, "µs")
+            record(f"sparse-speed-default-{tokens}", dense / default, "× dense")
+            record(f"sparse-speed-{tokens}", dense / best, "× dense")
 
 
 # --- compression -----------------------------------------------------------------------------------------------------

@@ -36,3 +36,21 @@ def int4_product(codes: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, int, 
         tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)  # of 16 inputs, in one tile
         return torch._convert_weight_to_int4pack(pairs.contiguous(), tiles), torch._weight_int4pack_mm
     return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), torch._weight_int4pack_mm_for_cpu
+
+
+def compress_2_4(weight: Tensor) -> Tensor:
+    """A 2:4 weight [out, in] on a GPU as cuSPARSELt keeps it: the values that stay, and two bits of place for each."""
+    return torch._cslt_compress(weight)
+
+
+def product_2_4(packed: Tensor, columns: Tensor, algorithm: int = 0, transpose_result: bool = False) -> Tensor:
+    """W [out, in], compressed, times columns [in, tokens]: [out, tokens], or written as [tokens, out]; both in rows.
+
+    `torch.sparse.to_sparse_semi_structured` is public and chooses all of this by itself, differently by version.
+    """
+    return torch._cslt_sparse_mm(packed, columns, transpose_result=transpose_result, alg_id=algorithm)
+
+
+def fastest_2_4(packed: Tensor, columns: Tensor, transpose_result: bool = False) -> int:
+    """The number of the algorithm with which cuSPARSELt computes `product_2_4` fastest; it tries them all."""
+    return torch._cslt_sparse_mm_search(packed, columns, transpose_result=transpose_result)

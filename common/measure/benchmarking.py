@@ -60,6 +60,47 @@ def measure_latency(run: Callable[[], object], runs: int, device: torch.device, 
     return Latency(seconds)
 
 
+def in_turns(
+    put: Callable[[str], object],
+    names: list[str],
+    run: Callable[[], object],
+    rounds: int,
+    runs: int,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """Median seconds of `run` in each round, for each of `names`: `put(name)` makes ready what is timed.
+
+    A B, B A, A B, ...: what drifts meanwhile (clocks, other programs) falls on all alike, and cancels in the
+    differences within a round.
+    """
+    medians: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else names[::-1]:
+            put(name)
+            medians[name].append(measure_latency(run, runs, device).percentile(50))
+    return medians
+
+
+def copies_beyond_cache(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """A matrix and copies of it, so many that none is left in the GPU's cache when its turn comes again.
+
+    A model reads every matrix once per pass; one that is timed alone, again and again, would be read from the cache.
+    """
+    if matrix.device.type != "cuda":
+        return [matrix]
+    cache = torch.cuda.get_device_properties(matrix.device).L2_cache_size
+    return [matrix] + [matrix.clone() for _ in range(-(-2 * cache // matrix.nbytes))]
+
+
+@torch.inference_mode()
+def per_product(product: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tensor) -> float:
+    """Median seconds of `product(matrix)`, of at least forty in a CUDA graph, on `copies_beyond_cache` in turn."""
+    matrices, device = copies_beyond_cache(matrix), matrix.device
+    rounds = -(-40 // len(matrices))
+    step = graphed(lambda: [product(each) for _ in range(rounds) for each in matrices][-1], device)
+    return measure_latency(step, 20, device).percentile(50) / (rounds * len(matrices))
+
+
 def sparse_kernels(device: torch.device) -> bool:
     """Whether PyTorch multiplies 2:4 sparse matrices on this device: NVIDIA GPUs since Ampere (8.0), no CPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

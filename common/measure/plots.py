@@ -165,8 +165,8 @@ def dots(
     return figure
 
 
-def ratios(found: dict[str, Estimate], title: str) -> Figure:
-    """Perplexity as a multiple of the original's: dots with 95 % intervals, 1 drawn as a line.
+def ratios(found: dict[str, Estimate], title: str, of: str = "the original's") -> Figure:
+    """Perplexity as a multiple of another (`of`): dots with 95 % intervals, 1 drawn as a line.
 
     found: model → `Comparison.ratio`. Dots, since the length of a bar on such an axis would mean nothing.
     """
@@ -180,7 +180,7 @@ def ratios(found: dict[str, Estimate], title: str) -> Figure:
     if max(ratio.high for ratio in found.values()) > 4:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="perplexity, multiple of the original's (95 % interval)", title=title)
+    axis.set(xlabel=f"perplexity, multiple of {of} (95 % interval)", title=title)
     return figure
 
 
@@ -212,6 +212,19 @@ def latency_histogram(seconds: dict[str, list[float]], title: str) -> Figure:
         axis.axvline(np.percentile(milliseconds, 99), color=color, linestyle=":")
     axis.set(xlabel="ms per token (line: median, dots: P99)", ylabel="runs", title=title)
     axis.legend(frameon=False)
+    return figure
+
+
+def turns(panels: dict[str, dict[str, list[float]]], title: str) -> Figure:
+    """Milliseconds of what was measured in turns, a dot per round, a panel per quantity; every axis starts at zero."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
+    for axis, (quantity, seconds) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), color in zip(seconds.items(), colors(seconds), strict=True):
+            axis.plot(range(1, len(values) + 1), 1e3 * np.array(values), "o", color=color, label=name, alpha=0.8)
+        axis.set(title=quantity, xlabel="round", ylabel="ms")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle(title)
     return figure
 
 
@@ -289,6 +302,17 @@ def service_series(series: pd.DataFrame, steps: dict[str, float]) -> Figure:
             axis.axvline(begin, color=GREY, linewidth=0.8, linestyle=":")
         axes[0].annotate(label, (begin, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
     axes[-1].set_xlabel("seconds")
+    return figure
+
+
+def allocations(per_block: dict[str, list[float]], mean: float, title: str) -> Figure:
+    """Sparsity of every block under several allocations of one mean, on shared axes that do not start at zero."""
+    figure, axis = plt.subplots(figsize=(7, 3))
+    axis.axhline(mean, color=GREY, linestyle="--", label="uniform")
+    for (name, values), color in zip(per_block.items(), colors(per_block), strict=True):
+        axis.plot(values, "o-", color=color, label=name, markersize=4)
+    axis.set(xlabel="block", ylabel="sparsity (axis not from 0)", title=title)
+    axis.legend(frameon=False)
     return figure
 
 

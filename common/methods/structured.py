@@ -5,6 +5,7 @@ No sparse kernel is needed and every engine runs it faster; the price is quality
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch_pruning
@@ -72,13 +73,44 @@ def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
     return smaller
 
 
-@torch.no_grad()
-def narrow_ffn(model: nn.Module, width: int, statistics: dict[str, Statistic]) -> nn.Module:
-    """A copy of `model` whose feed-forward layers keep the `width` hidden units that matter most to the output.
+def contribution(down: Tensor, statistic: Statistic) -> Tensor:
+    """‖column of down_proj‖₂ · ‖activations‖₂ of every hidden unit: what removing it alone does to the output."""
+    return down.float().norm(dim=0) * statistic.norms
 
-    A unit's score is ‖column of down_proj‖₂ · ‖its activations‖₂, the norm of its outgoing weights' Wanda scores.
+
+def activation(down: Tensor, statistic: Statistic) -> Tensor:
+    """‖activations‖₂ of every hidden unit, whatever is made of them (Minitron, arXiv:2407.14679)."""
+    return statistic.norms
+
+
+Importance = Callable[[Tensor, Statistic], Tensor]
+
+
+def reconstruct(weight: Tensor, hessian: Tensor, kept: Tensor, damp_percent: float = 0.01) -> Tensor:
+    """Structured OBS: the columns `kept` of a matrix [out, in], moved so that they make up for all the others.
+
+    All rows lose the same inputs, so one system serves them all: least squares, Ŵ = W · H[:, kept] · H[kept, kept]⁻¹.
+    hessian: [in, in] of the inputs. (Optimal Brain Surgeon, with groups of weights instead of single ones.)
+    """
+    damped = hessian + damp_percent * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
+    factor = torch.linalg.cholesky(damped[kept][:, kept])
+    return torch.cholesky_solve(damped[kept] @ weight.to(damped.dtype).T, factor).T
+
+
+@torch.no_grad()
+def narrow_ffn(
+    model: nn.Module,
+    width: int,
+    statistics: dict[str, Statistic],
+    *,
+    importance: Importance = contribution,
+    compensate: bool = False,
+) -> nn.Module:
+    """A copy of `model` whose feed-forward layers keep the `width` hidden units that matter most.
+
     torch-pruning finds what has to go with a unit: its rows of gate_proj and up_proj, its column of down_proj.
     statistics: of the inputs of every `down_proj`, with `.norms` (`common.methods.blocks.collect`).
+    compensate: let the columns of down_proj that stay make up for the others (`reconstruct`; statistics of `Hessian`).
     Raises ValueError for families that have other feed-forward layers.
     """
     smaller = copy.deepcopy(model)
@@ -88,13 +120,23 @@ def narrow_ffn(model: nn.Module, width: int, statistics: dict[str, Statistic]) -
     graph = _dependencies(smaller)
     for name, down, entrance in layers:
         vars(smaller.get_submodule(name.rpartition(".")[0])).update(intermediate_size=width)
-        score = down.weight.float().norm(dim=0) * statistics[name].norms
-        dropped = score.argsort()[: hidden - width].tolist()
+        order = importance(down.weight, statistics[name]).argsort()
+        dropped, kept = order[: hidden - width].tolist(), order[hidden - width :].sort().values
+        moved = reconstruct(down.weight, statistics[name].matrix, kept) if compensate else down.weight[:, kept]
         if dropped:
             graph.get_pruning_group(entrance, torch_pruning.prune_linear_out_channels, dropped).prune()
+        down.weight.copy_(moved)
     smaller.config.get_text_config().intermediate_size = width
     require_same_from_configuration(smaller)
     return smaller
+
+
+def width_as_small_as(model: nn.Module, dropped: int, multiple: int = 8) -> int:
+    """The FFN width at which a model has as many parameters as without `dropped` of its blocks (rounded)."""
+    blocks, config = decoder_blocks(model), model.config.get_text_config()
+    saved = dropped * sum(p.numel() for p in blocks[0].parameters())
+    unit = 3 * config.hidden_size * len(blocks)  # what a hidden unit less in every block saves
+    return max(multiple, round((config.intermediate_size - saved / unit) / multiple) * multiple)
 
 
 def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:

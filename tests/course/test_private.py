@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from common.course.private import attention_of, int4_product, set_attention
+from common.course.private import (
+    attention_of,
+    compress_2_4,
+    fastest_2_4,
+    int4_product,
+    product_2_4,
+    set_attention,
+)
 from common.course.settings import CHAPTER, ROOT
 
 OURS = ("common", "tools", "benchmarks", "tests")
@@ -60,6 +67,9 @@ def test_private_names_stand_in_one_module():
     assert set(privates(HOME.read_text(encoding="utf-8"))) == {
         "config._attn_implementation",
         "torch._convert_weight_to_int4pack",
+        "torch._cslt_compress",
+        "torch._cslt_sparse_mm",
+        "torch._cslt_sparse_mm_search",
         "torch._convert_weight_to_int4pack_for_cpu",
         "torch._weight_int4pack_mm",
         "torch._weight_int4pack_mm_for_cpu",
@@ -131,3 +141,20 @@ def test_the_product_of_packed_codes_is_that_of_the_matrix(device):
     found = product(x.to(device), packed, 32, torch.stack([scale, offset], dim=-1).bfloat16().to(device))
     expected = x.float() @ matrix.T
     assert (found.cpu().float() - expected).abs().max() < 2**-7 * (x.float().abs() @ matrix.abs().T).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [16, 264])
+def test_the_product_of_a_compressed_2_4_weight_is_that_of_the_matrix(tokens):
+    """In both layouts, and with the algorithm that the search finds."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight, x = (torch.randn(n, 256, device="cuda", generator=generator).bfloat16() for n in (128, tokens))
+    weight[:, 1::4], weight[:, 2::4] = 0, 0
+    packed = compress_2_4(weight)
+    assert packed.nbytes == weight.nbytes * 9 // 16
+    expected, most = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    for transpose in (False, True):
+        for algorithm in (0, fastest_2_4(packed, x.T, transpose)):
+            found = product_2_4(packed, x.T, algorithm, transpose)
+            assert found.is_contiguous()
+            assert ((found if transpose else found.T) - expected).abs().max() <= 2**-8 * most.max()

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from common.measure import benchmarking
-from common.measure.benchmarking import Decoder, Latency, measure_latency, peak_memory, prefill
+from common.measure.benchmarking import (
+    Decoder,
+    Latency,
+    copies_beyond_cache,
+    in_turns,
+    measure_latency,
+    peak_memory,
+    per_product,
+    prefill,
+)
 from tests.methods.families import build
 
 CPU = torch.device("cpu")
@@ -86,3 +95,27 @@ def test_a_recording_that_lacks_the_models_work_is_refused(llama, monkeypatch, r
     monkeypatch.setattr(benchmarking, "graphed", lambda step, device: lambda: replayed * step())
     with pytest.raises(RuntimeError, match="the CUDA graph lacks it"):
         Decoder(llama, batch=1, context=12)
+
+
+def test_turns_change_their_order_so_that_a_drift_falls_on_all(monkeypatch):
+    """A machine that slows down with every turn: the differences within rounds cancel in the mean."""
+    order = []
+    monkeypatch.setattr(benchmarking, "measure_latency", lambda run, runs, device: Latency([len(order)] * runs))
+    seconds = in_turns(order.append, ["a", "b"], lambda: None, 4, 3, CPU)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert seconds == {"a": [1, 4, 5, 8], "b": [2, 3, 6, 7]}
+    assert sum(seconds["a"]) == sum(seconds["b"])
+
+
+def test_a_product_is_timed_per_product():
+    matrix, calls = torch.ones(4, 4), []
+    assert copies_beyond_cache(matrix) == [matrix]
+    took = per_product(lambda m: time.sleep(1e-3) or calls.append(m), matrix)
+    assert len(calls) == 40 * (3 + 20) and 1e-3 <= took < 0.04
+
+
+@pytest.mark.gpu
+def test_copies_exceed_the_cache():
+    matrix = torch.ones(2**20, device="cuda")
+    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+    assert sum(copy.nbytes for copy in copies_beyond_cache(matrix)[1:]) >= 2 * cache

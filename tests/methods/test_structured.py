@@ -5,8 +5,16 @@ import torch
 from test_blocks import tiny
 
 from common.methods.blocks import collect
+from common.methods.compensation import Hessian, output_error
 from common.methods.importance import InputNorms
-from common.methods.structured import block_influence, drop_blocks, narrow_ffn
+from common.methods.structured import (
+    activation,
+    block_influence,
+    drop_blocks,
+    narrow_ffn,
+    reconstruct,
+    width_as_small_as,
+)
 
 
 def test_block_influence_is_one_minus_cosine(llama, windows):
@@ -97,3 +105,51 @@ def test_blocks_that_stay_keep_their_kind_of_attention(windows):
         handle.remove()
         torch.testing.assert_close(shorter(windows).logits, expected)
     assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+
+
+def test_reconstruction_is_the_least_squares_of_what_is_left():
+    generator = torch.Generator().manual_seed(0)
+    X, W = torch.randn(64, 12, generator=generator).double(), torch.randn(5, 12, generator=generator).double()
+    X[:, 3] = X[:, 1] - 0.5 * X[:, 7]  # input 3 is said by others
+    hessian, kept = 2 * X.T @ X / len(X), torch.tensor([0, 1, 2, 4, 5, 7, 8, 9])
+    expected = torch.linalg.lstsq(X[:, kept], X @ W.T).solution.T
+    found = reconstruct(W, hessian, kept, damp_percent=0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+    def error(columns):
+        wide = torch.zeros_like(W).index_copy_(1, kept, columns.double())
+        return output_error(W, wide, hessian.float())
+
+    assert error(found) < 0.9 * error(W[:, kept])
+
+
+def test_a_unit_that_another_repeats_costs_nothing_once_the_rest_makes_up_for_it(make_llama, windows):
+    llama = make_llama()
+    with torch.no_grad():
+        for block in llama.model.layers:  # the last unit repeats the first, and is weighed less
+            block.mlp.gate_proj.weight[-1] = block.mlp.gate_proj.weight[0]
+            block.mlp.up_proj.weight[-1] = block.mlp.up_proj.weight[0]
+            block.mlp.down_proj.weight[:, -1] = 1e-3 * block.mlp.down_proj.weight[:, -1]
+        statistics = collect(llama, windows, Hessian)
+        plain, compensated = (narrow_ffn(llama, 127, statistics, compensate=c) for c in (False, True))
+        logits = llama(windows).logits
+        lost = [(model(windows).logits - logits).norm() / logits.norm() for model in (plain, compensated)]
+    assert lost[1] < lost[0]
+
+
+def test_importances_rank_differently(llama, windows):
+    statistics = collect(llama, windows, InputNorms)
+    with torch.no_grad():
+        for block in llama.model.layers:
+            block.mlp.down_proj.weight[:, :64] *= 100
+        by_output = narrow_ffn(llama, 64, statistics)
+        by_activation = narrow_ffn(llama, 64, statistics, importance=activation)
+    assert all((block.mlp.down_proj.weight.abs().amax(0) > 3).all() for block in by_output.model.layers)
+    assert not all((block.mlp.down_proj.weight.abs().amax(0) > 3).all() for block in by_activation.model.layers)
+
+
+def test_width_and_depth_of_equal_size(make_llama, windows):
+    llama = make_llama(intermediate_size=512)
+    narrow = narrow_ffn(llama, width_as_small_as(llama, 1), collect(llama, windows, InputNorms))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (narrow, drop_blocks(llama, [0]))]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.course.settings import ROOT
 from common.measure.plots import BLUE, GREEN, GREY, METHODS, ORANGE
+from common.methods.importance import keep_highest
 from tools import tables
 
 HERE = Path(__file__).parent
@@ -163,7 +164,105 @@ def speed() -> Figure:
     return figure
 
 
+def patterns() -> Figure:
+    """The same scores, half of the weights kept, in four patterns: dark stays."""
+    scores = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.4, 1, 16)
+    chosen = {
+        "unstructured": keep_highest(scores.flatten(), 0.5).view_as(scores),
+        "4:8": keep_highest(scores.unflatten(1, (-1, 8)), 0.5).flatten(1),
+        "2:4": keep_highest(scores.unflatten(1, (-1, 4)), 0.5).flatten(1),
+        "structured (inputs)": keep_highest(scores.norm(dim=0), 0.5).expand_as(scores),
+    }
+    figure, axes = plt.subplots(1, len(chosen), figsize=(9, 2.7))
+    for axis, (name, keep) in zip(axes, chosen.items(), strict=True):
+        axis.pcolormesh(keep, cmap="Blues", vmin=0, vmax=1.2, edgecolors="white", linewidth=0.5)
+        every = {"4:8": 8, "2:4": 4}.get(name, 16)
+        for place in range(every, 16, every):
+            axis.axvline(place, color=ORANGE, linewidth=1.5)
+        axis.set(title=name, xticks=[], yticks=[], aspect="equal")
+        axis.invert_yaxis()
+    axes[0].set(xlabel="inputs", ylabel="outputs")
+    return figure
+
+
+def ellipse() -> Figure:
+    """Two weights of one output: where an error is equally large, and what OBD and OBS do on the line w₁ = 0."""
+    w, H = torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # exercise 1
+    obd, obs = torch.tensor([0.0, -1.0]), torch.tensor([0.0, -0.5])
+    x, y = torch.meshgrid(torch.linspace(-0.9, 2.4, 200), torch.linspace(-2.3, 0.6, 200), indexing="xy")
+    delta = torch.stack([x - w[0], y - w[1]], dim=-1)
+    error = ((delta @ H) * delta).sum(-1) / 2
+    figure, axis = plt.subplots(figsize=(5.2, 4.2))
+    lines = axis.contour(x, y, error, levels=[0.25, 0.75, 1.0, 2.0], colors=GREY, linewidths=1)
+    axis.clabel(lines, fmt="%g", fontsize=8)
+    axis.axvline(0, color="black", linewidth=1.2)
+    axis.annotate("constraint: $w_1=0$", (0, 0.48), (6, 0), textcoords="offset points", fontsize=9)
+    for point, label, color, place in (
+        (w, "trained weights, error 0", "black", (8, 6)),
+        (obd, "removed (OBD): error 1", METHODS["magnitude"], (8, -16)),
+        (obs, "removed, the other moved (OBS): error 0.75", METHODS["sparsegpt"], (8, 10)),
+    ):
+        axis.plot(*point.tolist(), "o", color=color, markersize=8)
+        axis.annotate(label, point.tolist(), place, textcoords="offset points", color=color, fontsize=8)
+    for end, color in ((obd, METHODS["magnitude"]), (obs, METHODS["sparsegpt"])):
+        axis.annotate("", end.tolist(), w.tolist(), arrowprops={"arrowstyle": "->", "color": color, "shrinkB": 5})
+    axis.set(xlabel="$w_1$", ylabel="$w_2$", title="Equal output error around the trained weights", aspect="equal")
+    axis.grid(visible=False)
+    return figure
+
+
+def multiplexer() -> Figure:
+    """One group of 2:4: two values, two places of two bits, and the inputs that they choose."""
+    figure, axis = plt.subplots(figsize=(7.4, 3.6))
+    axis.set(xlim=(0, 11), ylim=(0.2, 5.4))
+    axis.axis("off")
+
+    def box(x, y, text, color, width=1.1, height=0.7):
+        axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="black", linewidth=0.8))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+    def arrow(start, end, color="black"):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "linewidth": 1.1})
+
+    weights, pale = ("0", "$w_1$", "0", "$w_3$"), "#dbeafe"
+    for column, text in enumerate(weights):
+        box(0.2 + 1.15 * column, 4.4, text, "white" if text == "0" else pale)
+        box(0.2 + 1.15 * column, 0.4, f"$x_{column}$", "#fef3c7")
+    axis.text(0.2, 5.2, "four weights of one output, two of them zero", fontsize=9)
+    axis.text(0.2, 1.25, "their four inputs", fontsize=9)
+    arrow((4.8, 4.75), (5.9, 4.75))
+    for number, (value, place) in enumerate((("$w_1$", "01"), ("$w_3$", "11"))):
+        box(6.0 + 2.3 * number, 4.4, value, pale)
+        box(7.1 + 2.3 * number, 4.4, place, "#e5e7eb", 0.8)
+    axis.text(6.0, 5.2, "kept: two values, and 2 bits of place each", fontsize=9)
+    for number, (chosen, value) in enumerate(((1, "$w_1$"), (3, "$w_3$"))):
+        left = 5.4 + 2.6 * number
+        axis.add_patch(
+            plt.Polygon(
+                [(left, 1.9), (left + 1.9, 1.9), (left + 1.5, 2.6), (left + 0.4, 2.6)], fc="#e5e7eb", ec="black"
+            )
+        )
+        axis.text(left + 0.95, 2.25, "4 → 1", ha="center", va="center", fontsize=9)
+        for column in range(4):
+            color = BLUE if column == chosen else GREY
+            axis.plot(
+                [0.75 + 1.15 * column, left + 0.35 + 0.4 * column],
+                [1.1, 1.9],
+                color=color,
+                linewidth=1.6 if column == chosen else 0.6,
+            )
+        axis.plot([7.5 + 2.3 * number, left + 1.7], [4.4, 2.3], color=ORANGE, linewidth=1.1, linestyle="--")
+        arrow((left + 0.95, 2.6), (left + 0.95, 3.2), BLUE)
+        axis.text(left + 0.95, 3.4, f"{value} × $x_{chosen}$", ha="center", fontsize=10)
+    told = "places (dashed) choose two of four inputs:\ntwo multiplications instead of four"
+    axis.text(5.6, 1.0, told, fontsize=9, va="top")
+    return figure
+
+
 FIGURES = {
+    "pruning-patterns": patterns,
+    "pruning-ellipse": ellipse,
+    "pruning-multiplexer": multiplexer,
     "pruning-storage": storage,
     "pruning-curve": curve,
     "pruning-sensitivity": sensitivity,

@@ -16,6 +16,7 @@ from common.methods import head_loss as head_loss_module
 from common.methods import soft_labels
 from common.methods.distillation import (
     check_tokenizers,
+    contiguous,
     continuations,
     distillation_loss,
     evenly_spaced,
@@ -23,6 +24,7 @@ from common.methods.distillation import (
     last_relations,
     minilm_loss,
     most_influential,
+    narrow_student,
     student_from_teacher,
     top_k_kd_loss,
 )
@@ -241,6 +243,31 @@ def test_evenly_spaced_blocks_are_distinct_and_keep_both_ends(blocks, data):
     assert chosen[0] == 0 and (keep == 1 or chosen[-1] == blocks - 1)
     gaps = [after - before for before, after in pairwise(chosen)]
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def test_a_contiguous_cut_leaves_the_first_blocks_and_the_last():
+    assert contiguous(8, 4) == [0, 1, 2, 7]
+    assert contiguous(8, 1) == [7]
+
+
+def test_a_narrow_student_is_its_teacher_on_some_channels(make_llama, windows):
+    """Whole, it computes the same; narrower, its attention still has the teacher's heads and can be compared."""
+    llama = make_llama(tie_word_embeddings=False)
+    same, narrow = narrow_student(llama, 64), narrow_student(llama, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(same(input_ids=windows).logits, llama(input_ids=windows).logits)
+        states = narrow(input_ids=windows, output_hidden_states=True).hidden_states
+    assert states[-1].shape[-1] == 40
+    kept = llama.get_input_embeddings().weight.var(0).topk(40).indices.sort().values
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the hidden states lost rows
+        ours, theirs = (m.get_submodule(f"model.layers.1.{name}").weight for m in (narrow, llama))
+        assert torch.equal(ours, theirs[kept]), name
+    for name in ("self_attn.q_proj", "mlp.up_proj"):  # and what reads them columns
+        ours, theirs = (m.get_submodule(f"model.layers.1.{name}").weight for m in (narrow, llama))
+        assert torch.equal(ours, theirs[:, kept]), name
+    assert minilm_loss(last_relations(narrow, states[-2]), last_relations(narrow, states[-2])).item() == 0
+    with pytest.raises(ValueError, match="between 1 and the teacher's 64, got 65"):
+        narrow_student(llama, 65)
 
 
 def test_student_computes_what_the_teacher_without_those_blocks_computes(llama, windows):

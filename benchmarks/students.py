@@ -172,7 +172,9 @@ def quantization_aware(bench: Bench, model: str, bits: int, arm: str) -> dict[st
 
 def train_narrow(bench: Bench, name: str) -> dict[str, Quality]:
     settings, teacher = bench.settings, bench.teacher
-    width = round(settings.narrow_share * teacher.config.get_text_config().hidden_size / 64) * 64
+    text = teacher.config.get_text_config()
+    step = 8 * text.num_attention_heads  # what families and fast kernels want widths to be multiples of
+    width = round(settings.narrow_share * text.hidden_size / step) * step
     student = narrow_student(teacher, width)
     objective = Objective(settings.alpha, **NARROW[name])
     rate = sorted(settings.learning_rates)[len(settings.learning_rates) // 2]

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student made from its teacher, the losses it learns with, and text the teacher writes.
+"""Knowledge distillation: a student made from its teacher, and the losses it learns with.
 
 The loss (Hinton et al., 2015, arXiv:1503.02531), with p the teacher's and q the student's next-token distribution
 and an index T for logits divided by the temperature:
@@ -15,7 +15,6 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from common.measure.cuda_graph import using_attention
@@ -215,28 +214,3 @@ def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     taught = teacher.float()
     return (student.float() - taught).square().mean() / taught.square().mean()
-
-
-@torch.no_grad()
-def continuations(
-    teacher: nn.Module, prompts: Tensor, seqlen: int, batch_size: int, temperature: float = 1.0, seed: int = 0
-) -> Tensor:
-    """What the teacher writes after each prompt [n, prompt tokens], sampled: windows [n, seqlen], prompt included."""
-    torch.manual_seed(seed)
-    pieces = []
-    for batch in tqdm(prompts.split(batch_size), desc="teacher writes", unit="batch"):
-        new = seqlen - batch.shape[1]
-        pieces.append(
-            teacher.generate(
-                batch.to(teacher.device),
-                attention_mask=torch.ones_like(batch, device=teacher.device),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=new,
-                min_new_tokens=new,  # windows are full: it may not end its text early
-                pad_token_id=0,
-            ).cpu()
-        )
-    return torch.cat(pieces)

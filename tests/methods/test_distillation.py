@@ -17,7 +17,6 @@ from common.methods import soft_labels
 from common.methods.distillation import (
     check_tokenizers,
     contiguous,
-    continuations,
     distillation_loss,
     evenly_spaced,
     kd_loss,
@@ -31,6 +30,7 @@ from common.methods.distillation import (
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.methods.output_head import OutputHead
 from common.methods.soft_labels import fingerprint, load_soft_labels, make_soft_labels, top_k_and_tail
+from common.methods.writing import chat_windows, continuations
 
 shapes = st.tuples(st.integers(1, 5), st.integers(3, 40))
 temperatures = st.floats(0.5, 8)
@@ -418,6 +418,36 @@ def test_continuations_are_drawn_from_the_whole_vocabulary_at_their_temperature_
     written = continuations(llama, prompts, 68, batch_size=5)[:, 4:]
     assert written.min() >= 100
     assert len(written.unique()) > 100  # of 156, in 320 draws
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def test_chats_are_what_the_teacher_read_and_wrote_and_end_where_it_ended_them(llama, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    questions = ["short?", "a question that is longer?", "and one more?"]
+    llama.generation_config.eos_token_id = [7, 9]
+    with torch.no_grad():  # both ends are likely: most answers are cut
+        llama.get_output_embeddings().weight[7].mul_(3)
+    chats = chat_windows(llama, tokenizer, questions, 8, max_new_tokens=40, batch_size=2, seed=1)
+    assert chats.shape[1] == 8
+    assert torch.equal(chats, chat_windows(llama, tokenizer, questions, 8, max_new_tokens=40, batch_size=2, seed=1))
+    stream = chats.flatten().tolist()  # the last few tokens did not fill a window
+    prompts = [tokenizer(f"<user>{q}<answer>", add_special_tokens=False).input_ids for q in questions]
+    starts = [[i for i in range(len(stream)) if stream[i : i + len(p)] == p] for p in prompts[:2]]
+    assert [len(found) for found in starts] == [1, 1]
+    assert starts[0] == [0]
+    answer = stream[len(prompts[0]) : starts[1][0]]
+    assert not {7, 9} & set(answer[:-1])
+    assert answer[-1] in {7, 9} or len(answer) == 40
+    with pytest.raises(ValueError, match="less than a window of 4096"):
+        chat_windows(llama, tokenizer, questions, 4096, max_new_tokens=2, batch_size=2)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_windows(llama, tokenizer, questions, 8, max_new_tokens=2, batch_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -288,8 +288,8 @@ def collect(bench: Bench) -> Recorder:
         for rate, run in runs.items():
             for split, q in run.items():
                 protocol = sweep | {"split": split, "windows": len(q.losses)}
-                row = {"artifact": f"{objective}, {rate:g}", "protocol": protocol, "n": len(q.losses)}
-                recorder.record("rate-perplexity", q.perplexity, "ppl", **row)
+                row = {"artifact": objective, "protocol": protocol, "n": len(q.losses)}
+                recorder.record(f"at-{rate:g}", q.perplexity, "ppl", **row)
         if len(runs) == len(names):
             chosen = min(runs, key=lambda rate: runs[rate]["valid"].losses.mean())
             repeats = [f"winner {objective}, seed {seed}" for seed in others]

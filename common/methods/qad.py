@@ -17,6 +17,9 @@ from torch.nn.utils import parametrize
 from common.methods.blocks import iter_linears
 from common.methods.quantization import QuantizedWeight
 
+# How much faster the logarithm of a scale moves than a weight: it is of order 1, a weight about a tenth of that.
+GAIN_SPEED = 10
+
 
 def round_through(x: Tensor) -> Tensor:
     """round(x) with slope 1: the straight-through estimator."""
@@ -26,8 +29,8 @@ def round_through(x: Tensor) -> Tensor:
 class FakeQuantize(nn.Module):
     """Turns a shadow matrix [out, in] into the nearest one on a trained grid; a parametrization of `linear.weight`.
 
-    log_gain [out, groups]: by how much each scale has changed, as a logarithm. One learning rate then fits scales of
-    every size, and none becomes negative.
+    log_gain [out, groups]: by how much each scale has changed, as a logarithm divided by GAIN_SPEED. One learning rate
+    then fits weights and scales of every size, and none becomes negative.
     """
 
     def __init__(self, quantized: QuantizedWeight):
@@ -37,8 +40,11 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero", quantized.zero.float())
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
 
+    def current_scale(self) -> Tensor:
+        return self.scale * (GAIN_SPEED * self.log_gain).exp()
+
     def forward(self, weight: Tensor) -> Tensor:
-        scale = (self.scale * self.log_gain.exp())[..., None]
+        scale = self.current_scale()[..., None]
         codes = self._codes(weight, scale)
         return ((codes - self.zero[..., None]) * scale).view_as(weight)
 
@@ -50,7 +56,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """Codes and float16 scales of the shadow matrix, for `common.formats.gptq`."""
-        scale = self.scale * self.log_gain.exp()
+        scale = self.current_scale()
         codes = self._codes(weight, scale[..., None]).view_as(weight).to(torch.uint8)
         return QuantizedWeight(codes, scale.half(), self.zero.to(torch.uint8), self.config)
 

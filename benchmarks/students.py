@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -147,7 +148,7 @@ def repeat_winner(bench: Bench, objective: str, seed: int) -> dict[str, Quality]
 
 
 def qad_name(model: str, bits: int, arm: str) -> str:
-    return f"{model}, {bits} bits, {arm}"
+    return f"{model}, {arm}" if arm == "original" else f"{model}, {bits} bits, {arm}"
 
 
 def quantization_aware(bench: Bench, model: str, bits: int, arm: str) -> dict[str, Quality]:
@@ -190,14 +191,13 @@ def jobs(settings: Settings) -> list[Job]:
         for o in OBJECTIVES
         for rate in settings.learning_rates
     ]
-    arms = [(settings.model, bits, arm) for arm in ("QAD", "GPTQ") for bits in settings.qad_bits]
-    if settings.model == "embedded":
-        arms += [(SHIPPED, bits, arm) for arm in ("QAD", "GPTQ") for bits in settings.qad_bits]
-    arms += [(settings.model, min(settings.qad_bits), "QAT")]
-    arms += [(model, 16, "original") for model in dict.fromkeys(arm[0] for arm in arms)]
     quantized = [
-        Job(qad_name(*arm), lambda b, arm=arm: quantization_aware(b, *arm), 35 if arm[2] in ("QAD", "QAT") else 8)
-        for arm in arms
+        Job(qad_name(model, bits, arm), lambda b, it=(model, bits, arm): quantization_aware(b, *it), 8 + 27 * trained)
+        for model in [settings.model] + [SHIPPED] * (settings.model == "embedded")
+        for arm, trained in (("QAD", True), ("GPTQ", False), ("original", False), ("QAT", True))
+        for bits in settings.qad_bits
+        if not (arm == "original" and bits != settings.qad_bits[0])  # of which there is one
+        if not (arm == "QAT" and (model == SHIPPED or bits != min(settings.qad_bits)))
     ]
     repeated = [
         Job(f"winner {o}, seed {seed}", lambda b, o=o, s=seed: repeat_winner(b, o, s), 8)
@@ -205,8 +205,10 @@ def jobs(settings: Settings) -> list[Job]:
         for o in OBJECTIVES
     ]
     narrow = [Job(f"narrow, {name}", lambda b, name=name: train_narrow(b, name), 10) for name in NARROW]
-    half = len(settings.qad_bits)  # the rest of them come late
-    return quantized[:half] + found + repeated + quantized[half:] + narrow
+    shipped = [job for job in quantized if job.name.startswith(SHIPPED)]
+    own = [job for job in quantized if job not in shipped]
+    first_trained = len(settings.qad_bits)  # the longest ones begin first
+    return own[:first_trained] + found + repeated + own[first_trained:] + narrow + shipped
 
 
 # --- who does them --------------------------------------------------------------------------------------------------
@@ -342,10 +344,8 @@ def record_quantized(recorder: Recorder, done: dict, text: dict) -> None:
     for model in (settings.model, SHIPPED):
         protocol = text | {"weights": model, "split": "test", "windows": settings.eval_windows}
         protocol |= {"steps": settings.qad_steps}
-        originals = done.get(qad_name(model, 16, "original"))
-        for bits, arm in (
-            (bits, arm) for bits in (16, *settings.qad_bits) for arm in ("original", "GPTQ", "QAD", "QAT")
-        ):
+        originals = done.get(qad_name(model, settings.qad_bits[0], "original"))
+        for bits, arm in product(settings.qad_bits, ("original", "GPTQ", "QAD", "QAT")):
             if (outcome := done.get(qad_name(model, bits, arm))) is None:
                 continue
             artifact = arm if arm == "original" else f"{arm}, {bits} bits"
@@ -355,6 +355,12 @@ def record_quantized(recorder: Recorder, done: dict, text: dict) -> None:
                 ratio = compare(outcome["test"], originals["test"]).ratio
                 same = {"artifact": artifact, "protocol": protocol | {"against": "original"}}
                 recorder.estimate("perplexity-ratio", ratio, "ratio", n=settings.eval_windows, **same)
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where outcomes are kept: another place for other numbers, so that nothing is mixed."""
+    numbers = {name: str(value) for name, value in settings.values().items()}
+    return work_folder() / "students" / f"{slug(settings.model)}-{settings.profile}-{protocol_hash(numbers)[:6]}"
 
 
 def main() -> None:
@@ -371,8 +377,7 @@ def main() -> None:
     seed_everything(settings.seed)
     for model in dict.fromkeys([settings.model] + [SHIPPED] * (settings.model == "embedded")):
         locate(model)  # once, before several processes want it
-    numbers = {name: str(value) for name, value in settings.values().items()}
-    folder = work_folder() / "students" / f"{slug(settings.model)}-{settings.profile}-{protocol_hash(numbers)[:6]}"
+    folder = folder_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings, folder)
     if options.work:

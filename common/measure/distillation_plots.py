@@ -51,18 +51,16 @@ def learning_curves(panels: dict[str, dict[str, dict[float, float]]], title: str
     return figure
 
 
-def tradeoff(points: dict[str, tuple[float, float, float]], front: list[str], title: str) -> Figure:
-    """Quality, size and speed at once: name → (megabytes, perplexity, tokens/s). Color is speed, the line the front."""
+def tradeoff(points: dict[str, tuple[float, float]], front: list[str], title: str) -> Figure:
+    """Quality and size: name → (megabytes, perplexity). The line is the front, its points are filled."""
     figure, axis = plt.subplots(figsize=(8, 4.6))
-    size, perplexity, speed = (list(column) for column in zip(*points.values(), strict=True))
-    dots = axis.scatter(size, perplexity, c=speed, s=90, cmap="viridis", edgecolors="white", zorder=3)
-    line = sorted(points[name][:2] for name in front)
+    line = sorted(points[name] for name in front)
     axis.plot(*zip(*line, strict=True), "--", color=ORANGE, label="Pareto front (size, perplexity)")
-    for number, (name, (x, y, _)) in enumerate(points.items()):  # above and below in turn: labels stay apart
+    for number, (name, (x, y)) in enumerate(points.items()):  # above and below in turn: labels stay apart
+        axis.scatter(x, y, s=70, color=BLUE if name in front else GREY, zorder=3)
         axis.annotate(name, (x, y), xytext=(7, -10 if number % 2 else 5), textcoords="offset points", fontsize=8)
     plainly_logarithmic(axis)
     axis.margins(x=0.15, y=0.15)
     axis.set(xlabel="MB on disk", ylabel="perplexity (log)", title=title)
     axis.legend(frameon=False)
-    figure.colorbar(dots, ax=axis, label="tokens/s, decoding one sequence")
     return figure

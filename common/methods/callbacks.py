@@ -1,7 +1,10 @@
-"""What watches a training: a guard against NaN, and a progress bar."""
+"""What watches a training: a guard against NaN, a progress bar, and the weights that did best in validation."""
 
+import math
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -40,3 +43,35 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights with the lowest validation perplexity, and puts them into the model when training ends.
+
+    Early stopping without the stopping. They lie in a file of the run's folder, so that a run which is interrupted and
+    resumed has not forgotten what did best before.
+    """
+
+    perplexity = 0.0  # so far; no evaluation outside of training is better
+
+    def on_train_begin(self, args, state, control, **_):
+        self.file, self.perplexity = Path(args.output_dir) / "best.safetensors", math.inf
+        if state.global_step == 0:
+            self.file.unlink(missing_ok=True)
+        elif self.file.exists():
+            with safe_open(self.file, framework="pt") as best:
+                self.perplexity = float(best.metadata()["perplexity"])
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
+        if metrics["eval_perplexity"] < self.perplexity:
+            self.perplexity = metrics["eval_perplexity"]
+            unfinished = self.file.with_suffix(".part")
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(unfinished), {"perplexity": repr(self.perplexity)})
+            unfinished.replace(self.file)
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        if self.file.exists():
+            load_model(model, str(self.file))
+            self.file.unlink()
+        self.perplexity = 0.0

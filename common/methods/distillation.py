@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student made from its teacher, the losses it learns with, and text the teacher writes.
+"""Knowledge distillation: a student made from its teacher, and the losses it learns with.
 
 The loss (Hinton et al., 2015, arXiv:1503.02531), with p the teacher's and q the student's next-token distribution
 and an index T for logits divided by the temperature:
@@ -8,19 +8,19 @@ and an index T for logits divided by the temperature:
 At high temperatures softening divides the gradient by T twice; T² gives it back, so that α means the same there.
 """
 
+import copy
 import math
 import sys
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from common.measure.cuda_graph import using_attention
 from common.methods.blocks import decoder_blocks
 from common.methods.head_loss import common_rows, log_softmax
-from common.methods.proofs import evaluating, few_tokens
+from common.methods.proofs import evaluating, few_tokens, require_same_from_configuration
 from common.methods.structured import drop_blocks
 
 
@@ -53,6 +53,38 @@ def student_from_teacher(teacher: nn.Module, keep: list[int]) -> nn.Module:
         raise ValueError(f"The student needs blocks from 0 to {blocks[-1]}, got {keep}.")
     student = drop_blocks(teacher, [index for index in blocks if index not in keep])
     return student.float().requires_grad_(True)
+
+
+def contiguous(blocks: int, keep: int) -> list[int]:
+    """`keep` of `blocks` blocks without a run of neighbours before the last: deep layers change least, the last much.
+
+    (Gromov et al., 2024, arXiv:2403.17887: the simple heuristic.)
+    """
+    return [*range(keep - 1), blocks - 1]
+
+
+def narrow_student(teacher: nn.Module, width: int) -> nn.Module:
+    """A copy of `teacher` whose hidden states have `width` channels: those whose embeddings vary most; in float32.
+
+    Depth, heads and feed-forward widths stay, so attention can still be compared head by head (`minilm_loss`), hidden
+    states only through a projection. Raises ValueError where the configuration does not describe the result.
+    """
+    config = copy.deepcopy(teacher.config)
+    text, embeddings = config.get_text_config(), teacher.get_input_embeddings().weight
+    if not 0 < width <= text.hidden_size:
+        raise ValueError(f"width must lie between 1 and the teacher's {text.hidden_size}, got {width}.")
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text.hidden_size = width
+    kept = embeddings.detach().float().var(0).topk(width).indices.sort().values
+    student = type(teacher)(config).to(teacher.device)
+    large, small = teacher.state_dict(), student.state_dict()
+    for name, target in small.items():
+        source = large[name]
+        for dim, (before, after) in enumerate(zip(source.shape, target.shape, strict=True)):
+            source = source if before == after else source.index_select(dim, kept)
+        target.copy_(source)
+    require_same_from_configuration(student)
+    return student.float().eval()
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -174,26 +206,11 @@ def minilm_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) 
     return sum(divergences) / rows
 
 
-@torch.no_grad()
-def continuations(
-    teacher: nn.Module, prompts: Tensor, seqlen: int, batch_size: int, temperature: float = 1.0, seed: int = 0
-) -> Tensor:
-    """What the teacher writes after each prompt [n, prompt tokens], sampled: windows [n, seqlen], prompt included."""
-    torch.manual_seed(seed)
-    pieces = []
-    for batch in tqdm(prompts.split(batch_size), desc="teacher writes", unit="batch"):
-        new = seqlen - batch.shape[1]
-        pieces.append(
-            teacher.generate(
-                batch.to(teacher.device),
-                attention_mask=torch.ones_like(batch, device=teacher.device),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=new,
-                min_new_tokens=new,  # windows are full: it may not end its text early
-                pad_token_id=0,
-            ).cpu()
-        )
-    return torch.cat(pieces)
+def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of last hidden states [tokens, hidden], as a share of the teacher's mean square.
+
+    Muralidharan et al., 2024, Minitron, arXiv:2407.14679 (there without the division, which makes it free of units).
+    A narrower student's go through a trained projection first.
+    """
+    taught = teacher.float()
+    return (student.float() - taught).square().mean() / taught.square().mean()

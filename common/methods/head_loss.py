@@ -8,6 +8,7 @@ A batch's logits are by far its largest tensors (49,152 numbers a token). Both t
   at once, some tokens at a time; logits of a whole batch then never exist (Liger Kernel, arXiv:2410.10989).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,10 +49,7 @@ def kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) 
     """`common.methods.distillation.kd_loss`; its gradient is T · (student - teacher), 0 outside the common rows."""
     log_q, log_p = (log_softmax(z, temperature) for z in common_rows(logits, teacher_logits))
     loss = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    gradient = log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
-    if outside := logits.shape[-1] - gradient.shape[-1]:
-        gradient = F.pad(gradient, (0, outside))
-    return loss, gradient
+    return loss, _padded(log_q.exp_().sub_(log_p.exp_()).mul_(temperature), logits)
 
 
 def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -68,6 +66,44 @@ def top_k_kd_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, temper
     difference = temperature * (log_outcomes.exp() - log_probs.to(log_q.dtype).exp())
     gradient = others.mul_(difference[:, -1:] / tail)
     return loss, gradient.scatter_(-1, ids, difference[:, :-1])
+
+
+def reverse_kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T² · KL(q_T ‖ p_T), summed over tokens, with its gradient: the expectation is the student's (mode-seeking)."""
+    log_q, log_p = (log_softmax(z, temperature) for z in common_rows(logits, teacher_logits))
+    q, slope = log_q.exp(), log_q - log_p
+    return _through_softmax((q * slope).sum(-1), slope, q, logits, temperature)
+
+
+def jensen_shannon_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T² · (KL(p_T ‖ m) + KL(q_T ‖ m)) / 2 with m = (p_T + q_T) / 2, summed over tokens, with its gradient."""
+    log_q, log_p = (log_softmax(z, temperature) for z in common_rows(logits, teacher_logits))
+    q, log_m = log_q.exp(), torch.logaddexp(log_q, log_p).sub_(math.log(2))
+    slope = (log_q - log_m) / 2
+    divergence = (q * slope).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1) / 2
+    return _through_softmax(divergence, slope, q, logits, temperature)
+
+
+def _through_softmax(
+    divergence: Tensor, slope: Tensor, q: Tensor, logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """T² times a divergence [tokens], summed, and its gradient: q · (slope - ⟨slope⟩_q) · T for slope = ∂ / ∂q."""
+    gradient = (slope - (q * slope).sum(-1, keepdim=True)).mul_(q).mul_(temperature)
+    return temperature**2 * divergence.sum(), _padded(gradient, logits)
+
+
+def _padded(gradient: Tensor, logits: Tensor) -> Tensor:
+    """The gradient with zeros where only the student has rows (`common_rows`)."""
+    outside = logits.shape[-1] - gradient.shape[-1]
+    return F.pad(gradient, (0, outside)) if outside else gradient
+
+
+# What a student may minimize where the teacher computes along; stored labels hold what the forward KL needs.
+DIVERGENCES = {
+    "forward": kd_and_gradient,
+    "reverse": reverse_kd_and_gradient,
+    "jensen-shannon": jensen_shannon_and_gradient,
+}
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common.course.files import write_whole
@@ -40,6 +41,32 @@ class SoftLabels:
         """ids (int64) and log_probs (float32) of some windows, renormalized after their rounding to 16 bits."""
         ids = torch.from_numpy(self.ids[windows].astype(np.int64))
         return ids, torch.from_numpy(self.log_probs[windows].astype(np.float32)).log_softmax(-1)
+
+
+class WindowDataset(Dataset):
+    """Token windows [n, seqlen] with, if given, their soft labels. An item is an index: `collate` reads whole batches.
+
+    shift: take the soft labels of the window `shift` places further on: a teacher that speaks of something else.
+    Raises ValueError when empty.
+    """
+
+    def __init__(self, windows: Tensor, soft_labels: SoftLabels | None = None, shift: int = 0):
+        if len(windows) == 0:
+            raise ValueError("There are no windows to train on: the dataset is empty.")
+        self.windows, self.soft_labels, self.shift = windows, soft_labels, shift
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        batch = {"input_ids": self.windows[indices]}
+        if self.soft_labels is not None:
+            others = [(index + self.shift) % len(self) for index in indices]
+            batch["top_ids"], batch["log_probs"] = self.soft_labels.batch(others)
+        return batch
 
 
 def fingerprint(teacher: nn.Module, tokenizer, windows: Tensor) -> dict[str, str]:

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common.course import artifacts, checkpoint
 from common.measure.cuda_graph import Body, graphed_body
 from common.measure.evaluation import Baseline, evaluate
-from common.methods.callbacks import FiniteGradients, Progress
-from common.methods.distillation import distillation_loss, last_relations, minilm_loss, require_relations
-from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
+from common.methods.callbacks import FiniteGradients, KeepBest, Progress
+from common.methods.distillation import (
+    distillation_loss,
+    hidden_state_loss,
+    last_relations,
+    minilm_loss,
+    require_relations,
+)
+from common.methods.head_loss import DIVERGENCES, cross_entropy_and_gradient, head_loss, top_k_kd_and_gradient
 from common.methods.output_head import output_head, require_output_head
 from common.methods.proofs import require_same_when_loaded
-from common.methods.soft_labels import SoftLabels
+from common.methods.soft_labels import WindowDataset
 
 
 @dataclass(frozen=True)
@@ -28,32 +33,8 @@ class Objective:
     alpha: float = 1.0  # weight of the hard labels; the teacher's soft labels get 1 - alpha
     temperature: float = 1.0
     minilm: float = 0.0  # weight of MiniLM's last-block relations, added to the rest
-
-
-class WindowDataset(Dataset):
-    """Token windows [n, seqlen] with, if given, their soft labels. An item is an index: `collate` reads whole batches.
-
-    shift: take the soft labels of the window `shift` places further on: a teacher that speaks of something else.
-    Raises ValueError when empty.
-    """
-
-    def __init__(self, windows: Tensor, soft_labels: SoftLabels | None = None, shift: int = 0):
-        if len(windows) == 0:
-            raise ValueError("There are no windows to train on: the dataset is empty.")
-        self.windows, self.soft_labels, self.shift = windows, soft_labels, shift
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def collate(self, indices: list[int]) -> dict[str, Tensor]:
-        batch = {"input_ids": self.windows[indices]}
-        if self.soft_labels is not None:
-            others = [(index + self.shift) % len(self) for index in indices]
-            batch["top_ids"], batch["log_probs"] = self.soft_labels.batch(others)
-        return batch
+    hidden: float = 0.0  # weight of Minitron's last hidden states (`hidden_state_loss`), added to the rest
+    divergence: str = "forward"  # of `head_loss.DIVERGENCES`; others than the forward KL need a teacher that computes
 
 
 class DistillationTrainer(Trainer):
@@ -61,7 +42,7 @@ class DistillationTrainer(Trainer):
 
     dtype: what matrix products are computed in; weights and optimizer stay in float32.
     valid, against: validation windows, and the teacher's logits on them; each evaluation logs the student's
-    perplexity and its KL divergence from the teacher.
+    perplexity and its KL divergence from the teacher, and the student ends with the weights that did best in it.
     """
 
     def __init__(
@@ -83,13 +64,19 @@ class DistillationTrainer(Trainer):
                 f"The soft labels were made at temperature {data.soft_labels.temperature}, training asks for "
                 f"{objective.temperature}: make them again (02-Prepare_Data) or train at their temperature."
             )
-        if objective.minilm and teacher is None:
-            raise ValueError("MiniLM compares attention, which soft labels do not hold: give the trainer a teacher.")
+        if (objective.minilm or objective.hidden or objective.divergence != "forward") and teacher is None:
+            raise ValueError(
+                "MiniLM's attention, hidden states and other divergences than the forward KL are not in stored soft "
+                "labels: give the trainer a teacher."
+            )
+        if objective.hidden and arguments.save_strategy != "no":
+            raise ValueError("Checkpoints do not hold the projection of hidden states: train with checkpoints = 0.")
         for model in (student,) if teacher is None else (student, teacher):
             require_output_head(model)
             if objective.minilm:
                 require_relations(model)
-        given = {"train_dataset": data, "eval_dataset": valid, "callbacks": [FiniteGradients, Progress]}
+        watching = [FiniteGradients, Progress] + [KeepBest] * (arguments.eval_strategy != "no")
+        given = {"train_dataset": data, "eval_dataset": valid, "callbacks": watching}
         arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
         super().__init__(student, arguments, data_collator=data.collate, **given)
         self.remove_callback(PrinterCallback)
@@ -97,6 +84,10 @@ class DistillationTrainer(Trainer):
         self.against = against
         self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch already
+        self.projection = None  # from the student's hidden states to the teacher's, where they are compared
+        if objective.hidden:
+            widths = (m.config.get_text_config().hidden_size for m in (self.model, teacher))
+            self.projection = nn.Linear(*widths, bias=False, device=self.model.device)
 
     def autocast(self):
         wanted = self.compute_dtype != torch.float32
@@ -108,6 +99,12 @@ class DistillationTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.bodies.clear()
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projection is not None:
+            optimizer.add_param_group({"params": self.projection.parameters()})
+        return optimizer
 
     def save_model(self, *args, **kwargs):
         """A checkpoint to resume from, whatever the generation settings."""
@@ -122,7 +119,7 @@ class DistillationTrainer(Trainer):
             if self.teacher is not None:
                 with torch.no_grad():
                     taught, teacher_relations = self._forward(self.teacher, inputs["input_ids"])
-        if self.objective.alpha < 1 and "top_ids" in inputs:
+        if self.objective.alpha < 1 and self.objective.divergence == "forward" and "top_ids" in inputs:
             soft = inputs["top_ids"].flatten(0, 1), inputs["log_probs"].flatten(0, 1)
         elif self.objective.alpha < 1:
             soft = (taught,)
@@ -130,6 +127,8 @@ class DistillationTrainer(Trainer):
         total = head_loss(hidden.to(self.compute_dtype), head, self._loss_and_gradient, labels, *soft) / len(labels)
         if self.objective.minilm:
             total = total + self.objective.minilm * minilm_loss(relations, teacher_relations)
+        if self.projection is not None:
+            total = total + self.objective.hidden * hidden_state_loss(self.projection(hidden.float()), taught)
         return total
 
     def _loss_and_gradient(self, logits: Tensor, labels: Tensor, *soft: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +139,8 @@ class DistillationTrainer(Trainer):
         if len(soft) == 2:
             divergence, gradient = top_k_kd_and_gradient(logits, *soft, temperature)
         else:
-            divergence, gradient = kd_and_gradient(logits, output_head(self.teacher)(*soft), temperature)
+            apart = DIVERGENCES[self.objective.divergence]
+            divergence, gradient = apart(logits, output_head(self.teacher)(*soft), temperature)
         if not alpha:
             return divergence, gradient
         hard, to_answer = cross_entropy_and_gradient(logits, labels)

@@ -16,19 +16,21 @@ from common.methods import head_loss as head_loss_module
 from common.methods import soft_labels
 from common.methods.distillation import (
     check_tokenizers,
-    continuations,
+    contiguous,
     distillation_loss,
     evenly_spaced,
     kd_loss,
     last_relations,
     minilm_loss,
     most_influential,
+    narrow_student,
     student_from_teacher,
     top_k_kd_loss,
 )
 from common.methods.head_loss import cross_entropy_and_gradient, head_loss, kd_and_gradient, top_k_kd_and_gradient
 from common.methods.output_head import OutputHead
 from common.methods.soft_labels import fingerprint, load_soft_labels, make_soft_labels, top_k_and_tail
+from common.methods.writing import chat_windows, continuations
 
 shapes = st.tuples(st.integers(1, 5), st.integers(3, 40))
 temperatures = st.floats(0.5, 8)
@@ -243,6 +245,31 @@ def test_evenly_spaced_blocks_are_distinct_and_keep_both_ends(blocks, data):
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
+def test_a_contiguous_cut_leaves_the_first_blocks_and_the_last():
+    assert contiguous(8, 4) == [0, 1, 2, 7]
+    assert contiguous(8, 1) == [7]
+
+
+def test_a_narrow_student_is_its_teacher_on_some_channels(make_llama, windows):
+    """Whole, it computes the same; narrower, its attention still has the teacher's heads and can be compared."""
+    llama = make_llama(tie_word_embeddings=False)
+    same, narrow = narrow_student(llama, 64), narrow_student(llama, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(same(input_ids=windows).logits, llama(input_ids=windows).logits)
+        states = narrow(input_ids=windows, output_hidden_states=True).hidden_states
+    assert states[-1].shape[-1] == 40
+    kept = llama.get_input_embeddings().weight.var(0).topk(40).indices.sort().values
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the hidden states lost rows
+        ours, theirs = (m.get_submodule(f"model.layers.1.{name}").weight for m in (narrow, llama))
+        assert torch.equal(ours, theirs[kept]), name
+    for name in ("self_attn.q_proj", "mlp.up_proj"):  # and what reads them columns
+        ours, theirs = (m.get_submodule(f"model.layers.1.{name}").weight for m in (narrow, llama))
+        assert torch.equal(ours, theirs[:, kept]), name
+    assert minilm_loss(last_relations(narrow, states[-2]), last_relations(narrow, states[-2])).item() == 0
+    with pytest.raises(ValueError, match="between 1 and the teacher's 64, got 65"):
+        narrow_student(llama, 65)
+
+
 def test_student_computes_what_the_teacher_without_those_blocks_computes(llama, windows):
     student = student_from_teacher(llama, [0, 2])
     expected = copy.deepcopy(llama)
@@ -391,6 +418,36 @@ def test_continuations_are_drawn_from_the_whole_vocabulary_at_their_temperature_
     written = continuations(llama, prompts, 68, batch_size=5)[:, 4:]
     assert written.min() >= 100
     assert len(written.unique()) > 100  # of 156, in 320 draws
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def test_chats_are_what_the_teacher_read_and_wrote_and_end_where_it_ended_them(llama, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    questions = ["short?", "a question that is longer?", "and one more?"]
+    llama.generation_config.eos_token_id = [7, 9]
+    with torch.no_grad():  # both ends are likely: most answers are cut
+        llama.get_output_embeddings().weight[7].mul_(3)
+    chats = chat_windows(llama, tokenizer, questions, 8, max_new_tokens=40, batch_size=2, seed=1)
+    assert chats.shape[1] == 8
+    assert torch.equal(chats, chat_windows(llama, tokenizer, questions, 8, max_new_tokens=40, batch_size=2, seed=1))
+    stream = chats.flatten().tolist()  # the last few tokens did not fill a window
+    prompts = [tokenizer(f"<user>{q}<answer>", add_special_tokens=False).input_ids for q in questions]
+    starts = [[i for i in range(len(stream)) if stream[i : i + len(p)] == p] for p in prompts[:2]]
+    assert [len(found) for found in starts] == [1, 1]
+    assert starts[0] == [0]
+    answer = stream[len(prompts[0]) : starts[1][0]]
+    assert not {7, 9} & set(answer[:-1])
+    assert answer[-1] in {7, 9} or len(answer) == 40
+    with pytest.raises(ValueError, match="less than a window of 4096"):
+        chat_windows(llama, tokenizer, questions, 4096, max_new_tokens=2, batch_size=2)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_windows(llama, tokenizer, questions, 8, max_new_tokens=2, batch_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from common.measure.evaluation import Baseline, evaluate
-from common.methods.distillation import kd_loss, last_relations, minilm_loss, student_from_teacher, top_k_kd_loss
+from common.methods.distillation import (
+    kd_loss,
+    last_relations,
+    minilm_loss,
+    narrow_student,
+    student_from_teacher,
+    top_k_kd_loss,
+)
+from common.methods.head_loss import DIVERGENCES
 from common.methods.soft_labels import make_soft_labels
 from common.methods.training import (
     DistillationTrainer,
@@ -94,6 +102,46 @@ def test_shuffled_teacher_hands_out_the_labels_of_another_window(text, labels):
     assert torch.equal(shuffled.collate([2, 11])["input_ids"], text[[2, 11]])
 
 
+class Spoil(TrainerCallback):
+    """From some step on, training goes wrong: the weights grow before each evaluation."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step > self.after:
+            with torch.no_grad():
+                model.model.norm.weight.mul_(3.0)
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_student_ends_with_the_weights_that_did_best_in_validation(tmp_path, llama, text, labels, interrupted):
+    options = {"evaluations": 4, "valid": text, "checkpoints": 4}
+    it = trainer(tmp_path / "run", llama, WindowDataset(text, labels), **options)
+    it.add_callback(Spoil(4))
+    if interrupted:  # after the checkpoint of step 6: what did best lies before it
+        it.add_callback(InterruptAt(7))
+        with pytest.raises(KeyboardInterrupt):
+            it.train()
+        it = trainer(tmp_path / "run", llama, WindowDataset(text, labels), **options)
+        it.add_callback(Spoil(4))
+    it.train(resume_from_checkpoint=interrupted)
+    seen = history(it, "eval_perplexity")
+    assert list(seen) == [2, 4, 6, 8]
+    assert min(seen, key=seen.get) == 4
+    assert it.evaluate()["eval_perplexity"] == pytest.approx(seen[4], rel=1e-6)
+    assert not list((tmp_path / "run").glob("best*"))
+
+
 class KillAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -167,7 +215,7 @@ def test_errors_are_said_before_training(tmp_path, llama, text, labels):
         trainer(tmp_path, llama, WindowDataset(text, labels), Objective(alpha=0.5, temperature=2.0))
     with pytest.raises(ValueError, match="give the dataset some, or the trainer a teacher"):
         trainer(tmp_path, llama, WindowDataset(text))
-    with pytest.raises(ValueError, match="MiniLM compares attention"):
+    with pytest.raises(ValueError, match="not in stored soft labels: give the trainer a teacher"):
         trainer(tmp_path, llama, WindowDataset(text, labels), Objective(alpha=0.5, minilm=1.0))
 
 
@@ -177,6 +225,46 @@ def test_teacher_is_not_trained(tmp_path, llama, text):
     it.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
     assert all(p.grad is None for p in llama.parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["reverse", "jensen-shannon"])
+def test_other_divergences_and_their_gradients(kind, temperature):
+    """Against torch.distributions; the student has three rows that the teacher lacks."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(5, 23, generator=generator, dtype=torch.float64).requires_grad_()
+    t = torch.randn(5, 20, generator=generator, dtype=torch.float64)
+    q, p = (torch.distributions.Categorical(logits=logits / temperature) for logits in (z[:, :20], t))
+    kl = torch.distributions.kl_divergence
+    expected = kl(q, p)
+    if kind == "jensen-shannon":
+        middle = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
+        expected = (kl(p, middle) + kl(q, middle)) / 2
+    expected = temperature**2 * expected.sum()
+    loss, gradient = DIVERGENCES[kind](z.detach(), t, temperature)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
+
+
+def test_hidden_states_are_compared_through_a_projection_that_learns_too(tmp_path, llama, text):
+    student = narrow_student(llama, 40)
+    objective = Objective(alpha=0.5, hidden=1.0)
+    it = DistillationTrainer(
+        student, arguments(tmp_path, checkpoints=0), WindowDataset(text), objective, teacher=llama
+    )  # fmt: skip
+    first, ids = it.projection.weight.clone(), text[[2, 7]]
+    alone = DistillationTrainer(
+        student, arguments(tmp_path, checkpoints=0), WindowDataset(text), Objective(alpha=0.5), teacher=llama
+    )  # fmt: skip
+    ours, theirs = (m(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, :-1] for m in (student, llama))
+    projected = F.linear(ours, first)
+    expected = (projected - theirs).square().mean() / theirs.square().mean()
+    got = it.compute_loss(student, {"input_ids": ids}) - alone.compute_loss(student, {"input_ids": ids})
+    assert got.item() == pytest.approx(expected.item(), rel=1e-4)
+    it.train()
+    assert not torch.equal(it.projection.weight, first)
+    with pytest.raises(ValueError, match="Checkpoints do not hold the projection"):
+        DistillationTrainer(student, arguments(tmp_path), WindowDataset(text), objective, teacher=llama)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -9,7 +9,11 @@ from tools.provenance.form import Form, Reader
 from tools.provenance.reach import Reached, cell_module, code_cells, digest
 from tools.provenance.tree import Module, Tree
 
-SCRIPTS = {"benchmark": "benchmarks.bench", "shape": "benchmarks.shape_7b"}  # lab → what measures it
+SCRIPTS = {  # lab → what measures it
+    "benchmark": "benchmarks.bench",
+    "shape": "benchmarks.shape_7b",
+    "students": "benchmarks.students",
+}
 UNKNOWN = "before fingerprints"  # the code of records that are older than this
 SHORT = 8  # characters of the digests that only tell which part changed
 

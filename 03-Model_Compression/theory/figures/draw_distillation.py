@@ -1,4 +1,7 @@
-"""Draws the figures of theory/3.3-Knowledge_Distillation.md from small computations; run as a script."""
+"""Draws the figures of theory/3.3-Knowledge_Distillation.md and of Lab 3.3; run as a script.
+
+From small computations, and from committed records where a figure shows measurements.
+"""
 
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 from common.measure.plots import BLUE, GREEN, GREY, ORANGE
 from common.methods.distillation import kd_loss, top_k_kd_loss
 from common.methods.soft_labels import top_k_and_tail
+from tools import tables
 
 HERE = Path(__file__).parent
 VOCABULARY = 49_152  # the embedded model's
@@ -127,11 +131,32 @@ def top_k() -> Figure:
     return figure
 
 
+def what_it_bought() -> Figure:
+    """Committed figures of students from one start: each objective at its best, with the spread over data orders.
+
+    Left: perplexity on test text; right: distance from the teacher. Dots with bars, on axes that do not start at zero.
+    """
+    kept = [r for r in tables.committed() if r["lab"] == "students" and r["key"] in ("best-perplexity", "best-kl")]
+    if not kept:
+        raise LookupError("No committed record of students at their best rate: python -m benchmarks.students --record.")
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 1.9), sharey=True)
+    for axis, key, label in zip(axes, ("best-perplexity", "best-kl"), ("perplexity", "KL, nats/token"), strict=True):
+        found = {r["artifact"]: r for r in kept if r["key"] == key}
+        for y, (name, color) in enumerate(zip(("CE + KD", "KD", "CE"), (BLUE, GREEN, ORANGE), strict=True)):
+            axis.errorbar(found[name]["value"], y, xerr=found[name]["spread"], fmt="o", color=color, capsize=3)
+        axis.set_yticks(range(3), ["CE + KD", "KD only", "CE only"])
+        axis.set(xlabel=f"{label} (axis does not start at 0)", ylim=(-0.6, 2.6))
+    device, steps = kept[0]["device"], kept[0]["protocol"]["steps"]
+    figure.suptitle(f"Half the blocks, {steps} steps, one start; left is better ({device})", fontsize=10)
+    return figure
+
+
 FIGURES = {
     "distillation-temperature": temperature,
     "distillation-gradient": gradient_size,
     "distillation-forward-reverse": forward_and_reverse,
     "distillation-top-k": top_k,
+    "distillation-bought": what_it_bought,
 }
 
 

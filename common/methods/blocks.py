@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.methods.beside import Beside
 from common.methods.capture import (
     Block,
     BlockInputs,
@@ -60,6 +61,7 @@ class _Seen:
     stage: Stage
     statistic: Statistic | None = None
     tokens: int = 0
+    original: tuple[Tensor, ...] = ()  # what the original network's layers are given of this batch, if asked for
 
 
 @dataclass
@@ -71,6 +73,7 @@ class _Walk:
     device: torch.device
     total: int  # calibration tokens
     reduce: Callable[[Statistic], None] | None = None
+    beside: Beside = field(default_factory=lambda: Beside([]))
     tokens: dict[str, int] = field(default_factory=dict)
     few: dict[str, int] = field(default_factory=dict)
 
@@ -81,7 +84,7 @@ class _Walk:
         if seen.statistic is None:
             seen.statistic = self.observe(seen.stage.in_features, inputs)
         if len(rows):
-            seen.statistic.add(rows)
+            seen.statistic.add(rows, *seen.original)
             seen.tokens += len(rows)
 
     def finish(self, seen: _Seen) -> None:
@@ -114,6 +117,12 @@ class _Walk:
         everything = [_Seen(stage) for stage in stages]
         return everything, hooks(*(watch(seen) for seen in everything))
 
+    def fetch(self, number: int, everything: list[_Seen], first: bool) -> None:
+        """What the original network's layers are given of a batch, where it flows beside."""
+        found = self.beside.inputs(number, [seen.stage for seen in everything], self.device, first)
+        for seen, original in zip(everything, found, strict=True):
+            seen.original = original
+
     def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[BlockInputs], leave: bool) -> None:
         """Gather what all batches bring to a level, change it, and go on to the next.
 
@@ -128,7 +137,8 @@ class _Walk:
             leave = leave and len(stages) == 1
             everything, watched = self.watching(stages, then)
             with watched:
-                for batch in batches:
+                for number, batch in enumerate(batches):
+                    self.fetch(number, everything, first=leave)
                     with suppress(Halt):
                         block(batch, self.device)
             for seen in everything:
@@ -137,6 +147,7 @@ class _Walk:
     def on_arrival(self, block: Block, stages: list[Stage], batch: BlockInputs) -> Tensor:
         """Change each stage when its input arrives, in a single pass: with one batch nothing has to wait."""
         everything, watched = self.watching(stages, self.finish)
+        self.fetch(0, everything, first=False)
         with watched:
             hidden = block(batch, self.device)
         for seen in everything:
@@ -167,6 +178,7 @@ def walk(
     store: str | torch.device | None = None,
     at_once: bool = False,
     reduce: Callable[[Statistic], None] | None = None,
+    beside: bool = False,
     description: str = "blocks",
 ) -> dict[str, int]:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
@@ -178,6 +190,8 @@ def walk(
     store: where activations wait between blocks (default: `device`; "cpu" saves GPU memory).
     at_once: observe the whole block before any of its layers is changed: two passes, however many batches.
     reduce: called with each statistic once it has seen all windows, before `change`: several processes add up theirs.
+    beside: let the original network flow along; a statistic is given its inputs too, `add(inputs, original)`. Memory:
+    one block and all hidden states a second time.
     Returns how many tokens reached each layer. Warns of experts that were sent too few: a Hessian of fewer than two
     tokens per input does more harm than good (GPTQ then errs up to twice as much as rounding to nearest), so only the
     size of each input counts; of fewer than FEW_TOKENS not even that: GPTQ rounds to nearest, Wanda compares |W|.
@@ -195,10 +209,12 @@ def walk(
     with one_by_one(model):
         batches = capture(model, windows, batch_size or len(windows), device, store, traced.extras)
         shown = capture(model, windows[:1, : traced.tokens], 1, device, store, traced.extras)[0]
+        work.beside = Beside.of(batches if beside else [])
         for block in tqdm(blocks, desc=description, unit="block"):
             block.module.to(device)
             shown.hidden = traced.entered[block.index]
-            work.through(block, shown, batches, at_once)
+            with work.beside.along(block, device):
+                work.through(block, shown, batches, at_once)
             block.module.to(home)
     _warn(work)
     return work.tokens

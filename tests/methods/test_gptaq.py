@@ -24,7 +24,9 @@ def layer(rows=12, features=160, seed=0):
     generator = torch.Generator().manual_seed(100 + seed)
     weight = torch.randn(rows, features, generator=generator)
     original = correlated_inputs(features, 4 * features, seed)
-    moved = original + 0.2 * original.std() * torch.randn(original.shape, generator=generator) + 0.1 * original.roll(1, 1)
+    moved = (
+        original + 0.2 * original.std() * torch.randn(original.shape, generator=generator) + 0.1 * original.roll(1, 1)
+    )
     statistic = AsymmetricHessian(features, weight)
     statistic.add(moved, original)
     return weight, statistic, original, moved
@@ -145,6 +147,8 @@ def test_experts_are_refused_by_name(text):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=256, num_key_value_heads=2, num_local_experts=2, **sizes)).eval()
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=256, num_key_value_heads=2, num_local_experts=2, **sizes)
+    ).eval()
     with pytest.raises(ValueError, match=r"has experts.*token by token"):
         gptaq_model(model, text, QuantizeConfig(group_size=16))

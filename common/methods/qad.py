@@ -1,0 +1,96 @@
+"""Quantization-aware distillation (QAD): a quantized model learns on, from the distributions of the original.
+
+GPTQ minimizes the error of one matrix at a time. Here all of them are trained together against KL(original ‖ model),
+and what is trained stays on the grid. Every linear layer keeps a shadow W of its matrix in float32 and computes with
+
+    Ŵ = scale · (clamp(round(W / scale) + zero, 0, max) - zero)
+
+Rounding has slope 0 almost everywhere. The straight-through estimator takes it for 1 inside the grid's range and for 0
+outside (Bengio et al., 2013, arXiv:1308.3432); the scales then get LSQ's gradient, round(W / scale) - W / scale inside
+the range (Esser et al., 2020, arXiv:1902.08153). Zero points stay. The loss is any of `common.methods.training`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from common.methods.blocks import iter_linears
+from common.methods.quantization import QuantizedWeight
+
+
+def round_through(x: Tensor) -> Tensor:
+    """round(x) with slope 1: the straight-through estimator."""
+    return x + (x.round() - x).detach()
+
+
+class FakeQuantize(nn.Module):
+    """Turns a shadow matrix [out, in] into the nearest one on a trained grid; a parametrization of `linear.weight`.
+
+    log_gain [out, groups]: by how much each scale has changed, as a logarithm. One learning rate then fits scales of
+    every size, and none becomes negative.
+    """
+
+    def __init__(self, quantized: QuantizedWeight):
+        super().__init__()
+        self.config = quantized.config
+        self.register_buffer("scale", quantized.scale.float())
+        self.register_buffer("zero", quantized.zero.float())
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = (self.scale * self.log_gain.exp())[..., None]
+        codes = self._codes(weight, scale)
+        return ((codes - self.zero[..., None]) * scale).view_as(weight)
+
+    def _codes(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """[out, groups, width], whole numbers that let gradients through."""
+        grouped = weight.view(*self.zero.shape, -1)
+        return (round_through(grouped / scale) + self.zero[..., None]).clamp(0, 2**self.config.bits - 1)
+
+    @torch.no_grad()
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """Codes and float16 scales of the shadow matrix, for `common.formats.gptq`."""
+        scale = self.scale * self.log_gain.exp()
+        codes = self._codes(weight, scale[..., None]).view_as(weight).to(torch.uint8)
+        return QuantizedWeight(codes, scale.half(), self.zero.to(torch.uint8), self.config)
+
+
+def prepare_qad(model: nn.Module, quantized: dict[str, QuantizedWeight]) -> nn.Module:
+    """Make the linear layers named in `quantized` (of `gptq_model` or `rtn_model`) trainable on their grid, in place.
+
+    The model computes in float32 what it did with those codes. All other parameters are frozen: what a GPTQ file
+    stores in 16 bits stays the original's. Raises ValueError where a name or a shape is not the model's.
+    """
+    linears = dict(iter_linears(model))
+    for name, weight in quantized.items():
+        if name not in linears or linears[name].weight.shape != weight.codes.shape:
+            raise ValueError(f"{name} {tuple(weight.codes.shape)} is not a linear layer of this model's blocks.")
+    model.float().requires_grad_(False)
+    for name, weight in quantized.items():
+        weight = weight.to(linears[name].weight.device)
+        linears[name].weight = nn.Parameter(weight.dequantize())
+        parametrize.register_parametrization(linears[name], "weight", FakeQuantize(weight))
+    return model
+
+
+@torch.no_grad()
+def finish_qad(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, QuantizedWeight]:
+    """End the training, in place: plain linear layers that hold what their codes stand for; returns those by name.
+
+    Scales are rounded to the float16 of a GPTQ file first, so that the model measured is the one that is saved.
+    """
+    quantized = {}
+    for name, linear in iter_linears(model):
+        if parametrize.is_parametrized(linear, "weight"):
+            fake, shadow = linear.parametrizations.weight[0], linear.parametrizations.weight.original
+            quantized[name] = fake.quantized(shadow)
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+            linear.weight.data.copy_(quantized[name].dequantize())
+    model.to(dtype).requires_grad_(False)
+    return quantized
+
+
+def on_grid(model: nn.Module, quantized: dict[str, QuantizedWeight]) -> bool:
+    """Whether every matrix named in `quantized` holds exactly what its codes stand for, in the model's type."""
+    linears = dict(iter_linears(model))
+    return all(torch.equal(linears[n].weight, q.dequantize().to(linears[n].weight)) for n, q in quantized.items())

@@ -42,6 +42,14 @@ class AsymmetricHessian(Hessian):
         return self.cross * (2 / self.tokens)
 
 
+def asymmetric_gptq(
+    stage: Stage, statistic: AsymmetricHessian, config: QuantizeConfig, alpha: float
+) -> dict[str, QuantizedWeight]:
+    """GPTAQ for the layers of a stage, in place; returns their quantized weights by full name."""
+    quantize = partial(gptq, asymmetry=alpha * statistic.asymmetry)
+    return gptq_linears(stage.named, statistic, config, keep_zeros=False, quantize=quantize)
+
+
 def gptaq_model(
     model: nn.Module, windows: Tensor, config: QuantizeConfig, alpha: float = ALPHA, **walk_options
 ) -> dict[str, QuantizedWeight]:
@@ -55,8 +63,7 @@ def gptaq_model(
     quantized = {}
 
     def change(stage: Stage, statistic: AsymmetricHessian) -> None:
-        asymmetric = partial(gptq, asymmetry=alpha * statistic.asymmetry)
-        results = gptq_linears(stage.named, statistic, config, keep_zeros=False, quantize=asymmetric)
+        results = asymmetric_gptq(stage, statistic, config, alpha)
         quantized.update({name: result.to(home) for name, result in results.items()})
 
     options = {"beside": True, "description": config.label("gptaq")} | walk_options

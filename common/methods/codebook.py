@@ -33,7 +33,7 @@ class VectorQuantized:
         return vectors.flatten(1) * self.scale.float()
 
     @property
-    def bits(self) -> int:
+    def size_bits(self) -> int:
         """What it takes to store: codes, codebooks and scales."""
         return 8 * (self.codes.nbytes + self.books.nbytes + self.scale.nbytes)
 

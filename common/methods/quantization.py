@@ -75,6 +75,11 @@ class QuantizedWeight:
     zero: Tensor
     config: QuantizeConfig
 
+    @property
+    def size_bits(self) -> int:
+        """What it takes to store: codes, and a scale of 16 bits and a zero point for every group."""
+        return self.codes.numel() * self.config.bits + self.scale.numel() * (16 + self.config.bits)
+
     def to(self, device: torch.device) -> "QuantizedWeight":
         """The same on another device."""
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))

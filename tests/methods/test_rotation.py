@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.methods.quantization import QuantizeConfig, gptq_model
-from common.methods.rotation import hadamard, kurtosis, random_rotation, rotate_model
+from common.methods.rotation import TokenKurtosis, hadamard, kurtosis, random_rotation, rotate_model
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 12, 20, 24, 28, 64, 128, 576, 1536, 4096])
@@ -68,6 +68,10 @@ def test_it_spreads_outliers():
     turned = tokens.double() @ random_rotation(576, generator)
     assert kurtosis(tokens).mean() > 50
     assert kurtosis(turned).mean() < 4
+    gathered = TokenKurtosis(576, tokens)
+    for part in tokens.split(70):
+        gathered.add(part)
+    assert gathered.mean == pytest.approx(kurtosis(tokens).mean().item(), rel=1e-4)
     assert kurtosis(torch.eye(5)[0]).item() == pytest.approx(5)
 
 

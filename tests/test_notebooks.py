@@ -46,7 +46,7 @@ def test_built_as_the_course_builds_notebooks(file):
 
 
 def draws(cell) -> bool:
-    return cell.cell_type == "code" and bool(re.search(r"\b(distillation_)?plots\.\w+\(", cell.source))
+    return cell.cell_type == "code" and bool(re.search(r"\b(\w+_)?plots\.\w+\(", cell.source))
 
 
 @each_notebook

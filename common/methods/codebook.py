@@ -16,7 +16,7 @@ from common.methods.compensation import Hessian, compensate, inverse_cholesky, n
 from common.methods.stages import Stage
 
 WIDTH, POINTS = 8, 256  # weights of a vector; points of a codebook, whose index is a byte
-TRAINED_ON = 32768  # vectors that k-means looks at
+TRAINED_ON = 8192  # vectors that k-means looks at
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _cheapest(vectors: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
 
 
 def vector_gptq(
-    weight: Tensor, hessian: Tensor, books: int = 2, *, steps: int = 10, damp_percent: float = 0.01, seed: int = 0
+    weight: Tensor, hessian: Tensor, books: int = 2, *, steps: int = 6, damp_percent: float = 0.01, seed: int = 0
 ) -> VectorQuantized:
     """Quantize `weight` [out, in] with `books` codebooks of its own; hessian [in, in] as for `quantization.gptq`.
 

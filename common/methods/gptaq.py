@@ -13,6 +13,7 @@ the speed only.
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from common.methods.blocks import walk
@@ -28,18 +29,26 @@ class AsymmetricHessian(Hessian):
 
     def __init__(self, in_features: int, like: Tensor):
         super().__init__(in_features, like)
-        self.cross = like.new_zeros(in_features, in_features, dtype=self.upper.dtype)
+        self.cross = torch.zeros_like(self.upper)
+        self.moved = torch.zeros((), device=like.device)
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
         """Both [tokens, in_features], of the same tokens."""
         super().add(inputs)
         for mine, theirs in zip(inputs.split(4096), original.split(4096), strict=True):
-            self.cross.addmm_((theirs.float() - mine.float()).T, mine.float())
+            moved, mine = theirs.float() - mine.float(), mine.float()
+            self.cross.addmm_(moved.T, mine)
+            self.moved += moved.square().sum()
 
     @property
     def asymmetry(self) -> Tensor:
         """2·ΔXᵀX̂ / n [in_features, in_features]."""
         return self.cross * (2 / self.tokens)
+
+    @property
+    def drift(self) -> float:
+        """‖ΔX‖ / ‖X̂‖: how far the layers before have moved this one's inputs."""
+        return (self.moved / self.upper.diagonal().sum()).sqrt().item()
 
 
 def asymmetric_gptq(

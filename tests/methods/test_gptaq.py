@@ -32,6 +32,13 @@ def layer(rows=12, features=160, seed=0):
     return weight, statistic, original, moved
 
 
+def test_drift_is_the_relative_distance_of_the_inputs():
+    _, statistic, original, moved = layer()
+    assert statistic.drift == pytest.approx(((original - moved).norm() / moved.norm()).item(), rel=1e-4)
+    expected = 2 / len(moved) * (original - moved).T @ moved
+    torch.testing.assert_close(statistic.asymmetry, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
 def plain_gptaq(weight, statistic, config, alpha):
     """The paper's column loop, one column at a time, in float64 and without blocks."""
     w = weight.double().clone()

@@ -72,12 +72,19 @@ def _absorb(norm: nn.Module, readers: list[nn.Linear]) -> None:
 
 
 @torch.no_grad()
-def rotate_model(model: nn.Module, seed: int = 0, *, residual: bool = True, heads: bool = True) -> nn.Module:
+def rotate_model(
+    model: nn.Module,
+    seed: int = 0,
+    *,
+    residual: bool = True,
+    heads: bool = True,
+    device: str | torch.device | None = None,
+) -> nn.Module:
     """Turn the residual stream (R1) and each head's values (R2) of a Llama-like model, in place.
 
     What the model computes stays, which is proven on a few tokens, up to rounding of its weights. A tied head is
-    untied. Raises ValueError where the model is not built like Llama (before the first change), or computes something
-    else afterwards.
+    untied. device: where one block at a time is turned (default: where the model is). Raises ValueError where the model
+    is not built like Llama (before the first change), or computes something else afterwards.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     blocks, base = decoder_blocks(model), model.base_model
@@ -92,17 +99,19 @@ def rotate_model(model: nn.Module, seed: int = 0, *, residual: bool = True, head
     before = model(input_ids=few, use_cache=False).logits
     _untie(model)
 
-    generator = torch.Generator().manual_seed(seed)
-    turn = random_rotation(config.hidden_size, generator).to(model.device) if residual else None
+    generator, home = torch.Generator().manual_seed(seed), model.device
+    device = torch.device(device or home)
+    turn = random_rotation(config.hidden_size, generator).to(device)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if residual:
-        embedding.weight.copy_(embedding.weight.double() @ turn)
+        embedding.weight.copy_(embedding.weight.to(device).double() @ turn)
         _absorb(base.norm, [head])
-        _turn(head, before=turn)
+        head.weight.copy_(head.weight.to(device).double() @ turn)
     for block in blocks:
+        block.to(device)
         attention, ffn = block.self_attn, block.mlp
         if heads:
-            _turn_values(attention, random_rotation(attention.head_dim, generator).to(model.device))
+            _turn_values(attention, random_rotation(attention.head_dim, generator).to(device))
         if residual:
             into = [getattr(attention, n) for n in INTO_ATTENTION], [getattr(ffn, n) for n in INTO_FFN]
             for norm, readers in zip((block.input_layernorm, block.post_attention_layernorm), into, strict=True):
@@ -111,6 +120,7 @@ def rotate_model(model: nn.Module, seed: int = 0, *, residual: bool = True, head
                     _turn(reader, before=turn)
             for writer in (attention.o_proj, ffn.down_proj):
                 _turn(writer, after=turn)
+        block.to(home)
     after = model(input_ids=few, use_cache=False).logits
     if not same(after, before):
         raise ValueError(f"The rotation has changed what {name} computes: load the model again, and do without.")
@@ -130,24 +140,3 @@ def _untie(model: nn.Module) -> None:
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
-def kurtosis(values: Tensor) -> Tensor:
-    """E[x⁴] / E[x²]² along the last dimension: 3 of a normal distribution, its length where one value holds it all."""
-    square = values.float().square()
-    return square.square().mean(-1) / square.mean(-1).square()
-
-
-class TokenKurtosis:
-    """The mean kurtosis of a linear layer's inputs, token by token: what `collect` may gather."""
-
-    def __init__(self, in_features: int, like: Tensor):
-        self.total, self.tokens = torch.zeros((), device=like.device), 0
-
-    def add(self, inputs: Tensor) -> None:
-        self.total += kurtosis(inputs).sum()
-        self.tokens += len(inputs)
-
-    @property
-    def mean(self) -> float:
-        return (self.total / self.tokens).item()

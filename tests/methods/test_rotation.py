@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from common.methods.outliers import TokenKurtosis, kurtosis
 from common.methods.quantization import QuantizeConfig, gptq_model
-from common.methods.rotation import TokenKurtosis, hadamard, kurtosis, random_rotation, rotate_model
+from common.methods.rotation import hadamard, random_rotation, rotate_model
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 12, 20, 24, 28, 64, 128, 576, 1536, 4096])

@@ -13,28 +13,17 @@ a statistic of its own.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common.methods.capture import (
-    Block,
-    BlockInputs,
-    Halt,
-    capture,
-    decoder_blocks,
-    first_blocks,
-    hooks,
-    trace,
-    walkable_blocks,
-)
-from common.methods.compensation import naming
-from common.methods.experts import Matrix, block_linears, one_by_one
+from common.methods.beside import Beside
+from common.methods.capture import capture, decoder_blocks, first_blocks, trace, walkable_blocks
+from common.methods.experts import block_linears, one_by_one
 from common.methods.requirements import require_needs
-from common.methods.stages import Linear, Stage, Statistic, find_stages, levels_of
+from common.methods.stages import Linear, Stage, Statistic
+from common.methods.visits import Change, Observe, Refine, Visits
 
 __all__ = [
     "block_linears",
@@ -45,114 +34,6 @@ __all__ = [
     "iter_linears",
     "walk",
 ]
-
-FEW_TOKENS = 16  # of an expert that was sent fewer, not even the sizes of its inputs are known
-
-
-Observe = Callable[[int, Tensor], Statistic]
-Change = Callable[["Stage", Statistic], None]
-
-
-@dataclass
-class _Seen:
-    """What has arrived at a stage so far."""
-
-    stage: Stage
-    statistic: Statistic | None = None
-    tokens: int = 0
-
-
-@dataclass
-class _Walk:
-    """One walk: what the caller wants, where it computes, and how many tokens each layer was shown."""
-
-    observe: Observe
-    change: Change
-    device: torch.device
-    total: int  # calibration tokens
-    reduce: Callable[[Statistic], None] | None = None
-    tokens: dict[str, int] = field(default_factory=dict)
-    few: dict[str, int] = field(default_factory=dict)
-
-    def arrive(self, seen: _Seen, inputs: Tensor) -> None:
-        rows = inputs.flatten(end_dim=-2)
-        if isinstance(seen.stage.head, Matrix):
-            rows = rows[rows.any(-1)]  # Llama 4 sends every token to every expert, as zeros where it was not chosen
-        if seen.statistic is None:
-            seen.statistic = self.observe(seen.stage.in_features, inputs)
-        if len(rows):
-            seen.statistic.add(rows)
-            seen.tokens += len(rows)
-
-    def finish(self, seen: _Seen) -> None:
-        """Let the caller change a stage. An expert with too few tokens is taken to have independent inputs."""
-        stage = seen.stage
-        if self.reduce is not None:
-            self.reduce(seen.statistic)
-        self.tokens |= dict.fromkeys(stage.named, seen.tokens)
-        with naming(stage.named):  # `hasattr` reads it
-            enough = 2 * stage.in_features if hasattr(seen.statistic, "matrix") else FEW_TOKENS
-        if seen.tokens < min(enough, self.total):
-            sizes = torch.ones(stage.in_features, device=self.device)
-            if seen.tokens >= FEW_TOKENS:
-                sizes = getattr(seen.statistic, "norms", sizes)
-            seen.statistic = self.observe(stage.in_features, sizes)
-            seen.statistic.add(sizes.diag())
-            self.few[stage.path + "." + next(iter(stage.linears))] = seen.tokens
-        self.change(stage, seen.statistic)
-
-    def watching(self, stages: list[Stage], then: Callable[[_Seen], None]):
-        """What the stages have seen, and hooks that add to it what arrives and call `then`."""
-
-        def watch(seen):
-            def hook(_, args):
-                self.arrive(seen, args[0])
-                then(seen)
-
-            return seen.stage.head.register_forward_pre_hook(hook)
-
-        everything = [_Seen(stage) for stage in stages]
-        return everything, hooks(*(watch(seen) for seen in everything))
-
-    def level_by_level(self, block: Block, levels: list[list[Stage]], batches: list[BlockInputs], leave: bool) -> None:
-        """Gather what all batches bring to a level, change it, and go on to the next.
-
-        leave: a pass ends when it has reached the level; what follows must wait for the change anyway.
-        """
-
-        def then(_):
-            if leave:
-                raise Halt
-
-        for stages in levels:
-            leave = leave and len(stages) == 1
-            everything, watched = self.watching(stages, then)
-            with watched:
-                for batch in batches:
-                    with suppress(Halt):
-                        block(batch, self.device)
-            for seen in everything:
-                self.finish(seen)
-
-    def on_arrival(self, block: Block, stages: list[Stage], batch: BlockInputs) -> Tensor:
-        """Change each stage when its input arrives, in a single pass: with one batch nothing has to wait."""
-        everything, watched = self.watching(stages, self.finish)
-        with watched:
-            hidden = block(batch, self.device)
-        for seen in everything:
-            if seen.statistic is None:
-                self.finish(seen)  # an expert without a token
-        return hidden
-
-    def through(self, block: Block, shown: BlockInputs, batches: list[BlockInputs], at_once: bool) -> None:
-        """Visit one block with all batches, and let them flow on through it as changed."""
-        stages, repeated = find_stages(block, [shown, *batches], self.device)
-        if len(batches) == 1 and not (at_once or repeated):
-            batches[0].hidden = self.on_arrival(block, stages, batches[0])
-            return
-        self.level_by_level(block, [stages] if at_once else levels_of(stages), batches, leave=not repeated)
-        for batch in batches:
-            batch.hidden = block(batch, self.device)
 
 
 @torch.no_grad()
@@ -167,6 +48,8 @@ def walk(
     store: str | torch.device | None = None,
     at_once: bool = False,
     reduce: Callable[[Statistic], None] | None = None,
+    beside: bool = False,
+    refine: Refine | None = None,
     description: str = "blocks",
 ) -> dict[str, int]:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
@@ -178,6 +61,10 @@ def walk(
     store: where activations wait between blocks (default: `device`; "cpu" saves GPU memory).
     at_once: observe the whole block before any of its layers is changed: two passes, however many batches.
     reduce: called with each statistic once it has seen all windows, before `change`: several processes add up theirs.
+    beside: let the original network flow along; a statistic is given its inputs too, `add(inputs, original)`. Memory:
+    one block and all hidden states a second time.
+    refine(block, batches, beside): called once all layers of a block have been changed, with what the block is given
+    here and (beside.batches) in the original network; it may change the block again, before the data flows on.
     Returns how many tokens reached each layer. Warns of experts that were sent too few: a Hessian of fewer than two
     tokens per input does more harm than good (GPTQ then errs up to twice as much as rounding to nearest), so only the
     size of each input counts; of fewer than FEW_TOKENS not even that: GPTQ rounds to nearest, Wanda compares |W|.
@@ -191,20 +78,22 @@ def walk(
     home = next(blocks[0].module.parameters()).device
     device = torch.device(device or home)
     store = torch.device(store or device)
-    work = _Walk(observe, change, device, windows.numel(), reduce)
+    work = Visits(observe, change, device, windows.numel(), reduce, refine)
     with one_by_one(model):
         batches = capture(model, windows, batch_size or len(windows), device, store, traced.extras)
         shown = capture(model, windows[:1, : traced.tokens], 1, device, store, traced.extras)[0]
+        work.beside = Beside.of(batches if beside else [])
         for block in tqdm(blocks, desc=description, unit="block"):
             block.module.to(device)
             shown.hidden = traced.entered[block.index]
-            work.through(block, shown, batches, at_once)
+            with work.beside.along(block, device):
+                work.through(block, shown, batches, at_once)
             block.module.to(home)
     _warn(work)
     return work.tokens
 
 
-def _warn(work: _Walk) -> None:
+def _warn(work: Visits) -> None:
     if work.few:
         some = ", ".join(f"{name} ({tokens})" for name, tokens in list(work.few.items())[:3])
         warnings.warn(

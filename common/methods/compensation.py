@@ -119,6 +119,7 @@ def compensate(
     *along: Tensor,
     begin: Callable[[slice], None] | None = None,
     block_columns: int = BLOCK_COLUMNS,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """Replace the columns of a weight matrix one after the other, each one's error absorbed by those after it.
 
@@ -128,47 +129,61 @@ def compensate(
     [in_features, ...]. It must depend on nothing else: on a GPU the work on a block is recorded once and replayed.
     begin(block): called before a block of columns is worked on, which all blocks before it have compensated already.
     block_columns: columns per lazy update of those to their right; changes speed, not the result.
+    drift: strictly upper triangular [in_features, in_features], in the same order of columns: every column, as it
+    stands when its turn comes, also adds `drift[i, j]` of itself to each later column j (`common.methods.gptaq`).
     """
     work = _replay_block if columns.is_cuda else _compensate_block
+    if drift is not None:  # of a column w = replaced + error · U_ii: the part of the error goes with the other error
+        factor = factor - factor.diagonal()[:, None] * drift
     for start in range(0, len(columns), block_columns):
         block, rest = slice(start, min(start + block_columns, len(columns))), slice(start + block_columns, None)
         if begin:
             begin(block)
-        errors = work(replace, columns[block], factor[block, block], *(tensor[block] for tensor in along))
+        within = None if drift is None else drift[block, block]
+        errors = work(replace, columns[block], factor[block, block], within, *(tensor[block] for tensor in along))
         columns[rest].addmm_(factor[block, rest].T, errors, alpha=-1)
+        if drift is not None:
+            columns[rest].addmm_(drift[block, rest].T, columns[block])
     return columns
 
 
-def _compensate_block(replace: Replace, columns: Tensor, factor: Tensor, *along: Tensor) -> Tensor:
+def _compensate_block(
+    replace: Replace, columns: Tensor, factor: Tensor, drift: Tensor | None, *along: Tensor
+) -> Tensor:
     """The loop over the columns of one block, in place; returns their errors, for the columns after the block."""
     errors = torch.empty_like(columns)
     for i, column in enumerate(columns):
         replaced = replace(column, *(tensor[i] for tensor in along))
         errors[i] = (column - replaced) / factor[i, i]
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        if drift is not None:
+            columns[i + 1 :].addr_(drift[i, i + 1 :], replaced)
         column.copy_(replaced)
     return errors
 
 
-def _replay_block(replace: Replace, columns: Tensor, *others: Tensor) -> Tensor:
+def _replay_block(replace: Replace, columns: Tensor, *others: Tensor | None) -> Tensor:
     """`_compensate_block` from a recording.
 
     A block takes a thousand kernels of microseconds each; to start them one by one from Python takes ten times as long.
     """
     given = (columns, *others)
-    shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
+    shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given)
     own, run = _recorded(replace, columns.device, shapes)
     for mine, tensor in zip(own, given, strict=True):
-        mine.copy_(tensor)
+        if tensor is not None:
+            mine.copy_(tensor)
     errors = run()
     columns.copy_(own[0])
     return errors
 
 
 @lru_cache(maxsize=32)
-def _recorded(replace: Replace, device: torch.device, shapes: tuple) -> tuple[list[Tensor], Callable[[], Tensor]]:
+def _recorded(
+    replace: Replace, device: torch.device, shapes: tuple
+) -> tuple[list[Tensor | None], Callable[[], Tensor]]:
     """Tensors of these shapes, and a function that does the work of `_compensate_block` on them."""
-    own = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    own = [None if kind is None else torch.ones(kind[0], dtype=kind[1], device=device) for kind in shapes]
     return own, graphed(partial(_compensate_block, replace, *own), device)
 
 

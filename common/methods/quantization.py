@@ -75,6 +75,11 @@ class QuantizedWeight:
     zero: Tensor
     config: QuantizeConfig
 
+    @property
+    def size_bits(self) -> int:
+        """What it takes to store: codes, and a scale of 16 bits and a zero point for every group."""
+        return self.codes.numel() * self.config.bits + self.scale.numel() * (16 + self.config.bits)
+
     def to(self, device: torch.device) -> "QuantizedWeight":
         """The same on another device."""
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
@@ -124,12 +129,19 @@ def rtn(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     return _pack(grid.encode(weight.float(), group), grid, config)
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor | None = None) -> QuantizedWeight:
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    config: QuantizeConfig,
+    keep: Tensor | None = None,
+    asymmetry: Tensor | None = None,
+) -> QuantizedWeight:
     """Quantize `weight` [out, in] column by column, each column's error compensated by the columns after it.
 
     hessian: [in, in], of the layer's inputs (`Hessian.matrix`). Rows do not influence each other, so layers that
     read the same input may be stacked into one call.
     keep: bool [out, in]; weights where it is False become exactly zero (a pruned model stays pruned).
+    asymmetry: [in, in], how the original network's inputs differ from these (`common.methods.gptaq`).
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True) if config.desc_act else torch.arange(len(diagonal))
@@ -139,8 +151,9 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantizeConfig, keep: Tensor |
     group = order // config.width(len(order))  # of each column, in that order
     along = [grid.scale[:, group].T.contiguous(), grid.zero[:, group].T.contiguous()]
     along += [] if keep is None else [keep[:, order].T.contiguous()]
+    drift = None if asymmetry is None else (asymmetry[order][:, order] @ factor.T).triu(1) @ factor
 
-    columns = compensate(weight.float().T[order], factor, _rounding(grid.max_code), *along)
+    columns = compensate(weight.float().T[order], factor, _rounding(grid.max_code), *along, drift=drift)
     codes = grid.encode(columns.T, group)[:, torch.argsort(order)]
     return _pack(codes, grid, config)
 
@@ -194,7 +207,7 @@ def gptq_model(
     quantized = {}
 
     def change(stage: Stage, statistic: Hessian) -> None:
-        results = _gptq_linears(stage.named, statistic, config, keep_zeros, quantize)
+        results = gptq_linears(stage.named, statistic, config, keep_zeros, quantize)
         quantized.update({name: result.to(home) for name, result in results.items()})
 
     walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
@@ -208,11 +221,11 @@ def gptq_once(
     """Like `gptq_model`, with Hessians collected beforehand (`blocks.collect`) and no calibration pass."""
     quantized = {}
     for linears in by_statistic(model, statistics):
-        quantized |= _gptq_linears(linears, statistics[next(iter(linears))], config, keep_zeros)
+        quantized |= gptq_linears(linears, statistics[next(iter(linears))], config, keep_zeros)
     return quantized
 
 
-def _gptq_linears(
+def gptq_linears(
     linears: dict[str, Linear], statistic: Hessian, config, keep_zeros, quantize=gptq
 ) -> dict[str, QuantizedWeight]:
     """GPTQ for layers that read the same input, in place and in one column loop; returns their quantized weights."""

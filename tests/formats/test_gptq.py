@@ -243,7 +243,7 @@ def test_gptqmodel_packs_the_same_bits(bits, sym):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize(("bits", "sym"), [(4, False), (4, True), (3, False), (8, False)])
+@pytest.mark.parametrize(("bits", "sym"), [(4, False), (4, True), (3, False), (2, False), (8, False)])
 def test_transformers_loads_it_and_computes_the_same(make_llama, tokenizer, tmp_path, bits, sym):
     """Every layer, on random inputs, against the file's numbers in float64. Their kernel multiplies in float16.
 

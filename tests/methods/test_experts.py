@@ -7,13 +7,14 @@ import torch
 from families import build
 from torch import nn
 
-from common.methods.blocks import FEW_TOKENS, collect, iter_linears, walk
+from common.methods.blocks import collect, iter_linears, walk
 from common.methods.compensation import Hessian
 from common.methods.experts import Matrix, block_linears, one_by_one, unfused
 from common.methods.importance import InputNorms
 from common.methods.pruning import PruneConfig, model_sparsity, prune_model
 from common.methods.quantization import QuantizeConfig, gptq_model, rtn
 from common.methods.requirements import require_needs
+from common.methods.visits import FEW_TOKENS
 
 CONFIG = QuantizeConfig(bits=4, group_size=32, mse=False)
 

@@ -1,6 +1,7 @@
 """The speed-run's verifier: measures what is submitted, and refuses by name what breaks a rule."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from model_tools import write_tiny
 from safetensors.torch import load_file, save_file
 
 from tools.speedrun import board
+from tools.speedrun.entries import ENTRIES, make
 from tools.speedrun.measure import distances, honest, measured, windows_for
 from tools.speedrun.rules import BYTES, CALIBRATION, Refused, Statement, examine, fingerprint
 
@@ -150,3 +152,11 @@ def test_the_table_ranks_replaces_and_refuses_copies(folder, tmp_path):
     with pytest.raises(Refused, match="the bytes of 'mine'"):
         board.add(Statement(**SAID | {"author": "you"}), 900, fingerprint(folder), FOUND, file)
     assert "| 1 | better | me | rounded | 0.00 | 0 | 0.0500 ± 0.0100 |" in board.table(file)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq-short"])
+def test_our_own_entries_are_submissions(name, original, tmp_path):
+    entry = replace(ENTRIES[name], windows=min(ENTRIES[name].windows, 2), seqlen=32)
+    make(entry, tmp_path / name, str(original))
+    statement, _ = examine(tmp_path / name)
+    assert statement.calibration_tokens == entry.windows * 32

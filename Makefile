@@ -11,6 +11,8 @@
 # make doctor MODEL=...  set up, look at a checkpoint (folder, .gguf file or Hub id): what it is, what is wrong, what to do
 # make exercises write the exercise notebooks, and the instructor's with solutions (.work/exercises/), from their masters
 # make grade LAB=3.1  mark a submission; FROM=... a notebook or a folder of them, SECRET=... adds the hidden inputs
+# make submit FILE=...  verify a submission to the speed-run and put it into its table (03-Model_Compression/競速.md)
+# make slides    a deck of slides a lab, made of its notebooks (.work/slides/3.1.html ...)
 # make loadtest  set up, serve the embedded model and load it with more and more users (4 minutes)
 #
 # Lab 3.1, notebook 04 also uses two engines, which `make labs` sets up; alone:
@@ -37,7 +39,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record check test nightly lint docs-check figures notebook exercises grade loadtest doctor tables stale settle release-check map clean
+.PHONY: setup engines serve-env try-engines interop bench labs record check test nightly lint docs-check figures notebook exercises grade slides submit loadtest doctor tables stale settle release-check map clean
 
 setup: .venv/.ready
 
@@ -149,6 +151,13 @@ exercises: setup
 
 grade: setup
 	$(BIN)/python -m tools.exercises grade --lab $(or $(LAB),3.1) $(if $(SECRET),--secret "$(SECRET)") $(if $(FROM),"$(FROM)")
+
+slides: setup
+	$(BIN)/python -m tools.slides $(if $(LAB),--lab $(LAB))
+
+submit: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.speedrun "$(FILE)" $(if $(CHECK),--check)
+	$(BIN)/python -m tools.tables render
 
 loadtest: setup
 	$(BIN)/python -m common.serving.loadtest --model $(or $(MODEL),embedded)

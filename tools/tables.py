@@ -15,6 +15,7 @@ from common.course.settings import ROOT, slug
 from common.measure.results import protocol_hash, read, write
 from tools import families, provenance
 from tools.exercises import trials
+from tools.speedrun import board
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
@@ -176,7 +177,7 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
     records, changed = committed(), []
 
     def fill(match: re.Match) -> str:
-        own = {"families": families.table, "exercises": trials.table}.get(match[2])
+        own = {"families": families.table, "exercises": trials.table, "speedrun": board.table}.get(match[2])
         return match[1] + (own() if own else render_table(tables[match[2]], records)) + match[3]
 
     for document in documents:

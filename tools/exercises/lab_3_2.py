@@ -437,7 +437,7 @@ try_out(STUDENT, [owl], linear_in_outliers, mean_is_kept, equal_blocks)
 #
 # 哪一個區塊碰不得？一次只剪**一個**區塊（用 `pruned(weight, sparsity)`，已經給你），其餘保持稠密，量最後輸出的相對平方誤差 $\lVert y'-y\rVert^2/\lVert y\rVert^2$。網路 `forward(weights, inputs)` 也給你了。
 #
-# 期望：前後區塊的順序換了，你的程式不用改；`weights` 裡的張量不能被改動。消融：稀疏度 0 時，每個區塊的敏感度都是 0。
+# 期望：前後區塊的順序換了，你的程式不用改。消融：稀疏度 0 時，每個區塊的敏感度都是 0。
 
 
 # %% given
@@ -505,7 +505,7 @@ try_out(STUDENT, [sensitivity], one_at_a_time, nothing_pruned)
 # %% markdown
 # <details><summary>💡 提示</summary>
 #
-# 拿掉第 j 欄的代價是 $\sum_o w_{oj}^2/[H^{-1}]_{jj}$；補償是 $W\leftarrow W-\frac{w_j}{[H^{-1}]_{jj}}[H^{-1}]_{j,:}$，這會讓第 j 欄恰好變成 0。
+# 拿掉一個權重的代價是 $w_j^2/(2[H^{-1}]_{jj})$；整欄一起走，每個輸出各付一次。補償是從每一列減去 $H^{-1}$ 第 j 列的某個倍數：倍數要多少，第 j 欄才恰好變成 0？
 #
 # </details>
 
@@ -694,7 +694,7 @@ try_out(STUDENT, [plan], beats_uniform, turned_round)
 #
 # 三種病人，每一種都可能其實沒病。`diagnose(patient)` 看一份紀錄，傳回病名；`mend(patient)` 傳回治好的量。傳進來的是 dict，`kind` 說是哪一科：
 #
-# - `"expert"`：混合專家模型裡的一個專家，`weight` [out, in]、校準時量到的 `norms` [in]、剪出來的 `mask`（Wanda，每列一半）。病名 `"uncalibrated"`：校準的文字從沒有走到這個專家，`norms` 全是 0，遮罩因此是任意的。治好的是遮罩：改用逐列的幅度剪枝，每列走的數目和原來一樣。
+# - `"expert"`：混合專家模型裡的一個專家，`weight` [out, in]、校準時量到的 `norms` [in]、剪出來的 `mask`（Wanda，每列走的一樣多）。病名 `"uncalibrated"`：校準的文字從沒有走到這個專家，`norms` 全是 0，遮罩因此是任意的。治好的是遮罩：改用逐列的幅度剪枝，每列走的數目和原來一樣。
 # - `"pruned"`：`weight` 與 `mask`。病名 `"refilled"`：剪完之後又做了量化，誤差補償把一些零填了回去。治好的是權重。
 # - `"pattern"`：`scores` [out, in] 與一個說是 2:4 的 `mask`。病名 `"wrong axis"`：2:4 做在輸出的方向上，硬體要的是輸入的方向。治好的是正確的遮罩。
 #

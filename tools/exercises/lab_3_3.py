@@ -8,7 +8,7 @@
 # **規則**
 #
 # - 把 `raise NotImplementedError()` 換成你的程式。答案寫在原來那一格裡；不要刪除、複製、搬動題目原有的格子。其他格不會執行：輔助函式與 import 也要寫在答案那一格裡，`STUDENT` 那一格只能有一行。
-# - 答案裡只能匯入 torch、numpy、math 這一類套件。從 `common` 匯入現成的答案不給分；題目說要親手寫的函式，用 PyTorch 現成的也不給分。
+# - 答案裡只能匯入 torch、numpy、math 這一類套件。從 `common` 匯入現成的答案不給分；題目說「不能用」的，用了整題不給分（測試格不查這一條，批改才查）。
 # - 測試的輸入由 `STUDENT` 抽出，每個人不同；教師另有一組你看不到的輸入。訊息會說哪裡不對，不會說答案。
 # - 後面的題目用到前面的函式時，批改用的是參考解答：同一個錯只扣一次分。
 #
@@ -47,7 +47,7 @@ def two_models(rng, tokens=20, vocabulary=50, scale=2.0):
 # %% markdown blocks
 # ## 1 · 該留哪些區塊 (Choose blocks) · {points} 分 · 15 分鐘
 #
-# 學生由教師的一部分區塊組成。一個區塊的影響力 (block influence) 是 $1-\cos(x,\,\text{block}(x))$ 對所有 token 的平均：它把隱藏狀態轉了多少。`hidden` 是 n + 1 個 [token, hidden]：第 i 個進入第 i 個區塊，第 i + 1 個從它出來。傳回影響力最大的 `keep` 個區塊，**由小到大排好**，以及每個區塊的影響力。
+# 學生由教師的一部分區塊組成。一個區塊的影響力 (block influence) 是 $1-\cos(x,\,\text{block}(x))$ 對所有 token 的平均：它把隱藏狀態轉了多少。`hidden` 是 n + 1 個 [token, hidden]：第 i 個進入第 i 個區塊，第 i + 1 個從它出來。傳回影響力最大的 `keep` 個區塊的編號（int），**照模型裡的次序**，以及每個區塊的影響力。
 #
 # 期望：只放大、不轉向的區塊，影響力是 0。
 
@@ -87,7 +87,7 @@ def right_influence(choose_blocks, rng):
     """The influence is 1 - cos, averaged over tokens."""
     hidden = hidden_states(rng)
     _, influence = pair(choose_blocks(hidden, 3), "choose_blocks")
-    close(torch.tensor(influence), right.influence_of_blocks(hidden), "the influences")
+    close(torch.as_tensor(influence), right.influence_of_blocks(hidden), "the influences")
 
 
 @worth(1, after=right_influence)
@@ -95,7 +95,11 @@ def right_blocks(choose_blocks, rng):
     """The most influential blocks are kept, in the model's order."""
     for keep in (1, 3, 5):
         kept, influence = pair(choose_blocks(hidden_states(rng), keep), "choose_blocks")
-        assert kept == distillation.most_influential(influence, keep), f"For keep = {keep} the list is another."
+        whole_numbers = isinstance(kept, list) and all(isinstance(block, int) for block in kept)
+        assert whole_numbers, "The first value should be a list with the numbers of blocks (int)."
+        wanted = distillation.most_influential(influence, keep)
+        assert sorted(kept) == sorted(wanted), f"For keep = {keep} other blocks are kept."
+        assert kept == wanted, "The right blocks, but not in the model's order."
 
 
 @worth(1, after=right_influence)
@@ -103,7 +107,7 @@ def longer_is_not_turned(choose_blocks, rng):
     """Ablation: a block that only makes its input longer has no influence."""
     x = gaussian(10, 8, rng=rng)
     _, influence = pair(choose_blocks([x, 3 * x, -x], 1), "choose_blocks")
-    close(torch.tensor(influence), torch.tensor([0.0, 2.0]), "the influences")
+    close(torch.as_tensor(influence), torch.tensor([0.0, 2.0]), "the influences")
 
 
 try_out(STUDENT, [choose_blocks], right_influence, right_blocks, longer_is_not_turned)
@@ -181,7 +185,7 @@ try_out(STUDENT, [leaks], found_wherever_they_are, shorter_pieces_are_no_leak, o
 # %% markdown topk
 # ## 3 · 軟標籤：前 k 名與尾巴 (Top-k and tail) · {points} 分 · 20 分鐘
 #
-# 教師的分布太大，存不下，所以只存機率最高的 k 個 token，**以及其餘所有 token 合起來的機率**（尾巴，tail）。寫兩個函式：`top_k`（傳回 ids [token, k] 與 log 機率 [token, k + 1]，溫度是 1），以及學生對這 k + 1 個結果的 $\mathrm{KL}(\text{teacher}\Vert\text{student})$，對 token 平均。
+# 教師的分布太大，存不下，所以只存機率最高的 k 個 token，**以及其餘所有 token 合起來的機率**（尾巴，tail）。寫兩個函式：`top_k`（傳回 ids [token, k] 與 log 機率 [token, k + 1]，溫度是 1），以及學生對這 k + 1 個結果的 $\mathrm{KL}(\text{teacher}\Vert\text{student})$，對 token 平均。不能用：{without}。
 #
 # 期望：k 越大，KL 越接近完整的 KL，而且永遠不超過它。消融：丟掉尾巴、把前 k 個重新正規化，學生與教師一樣時 KL 仍是 0，但學生把尾巴學成 0 也看不出來。
 
@@ -262,7 +266,7 @@ try_out(STUDENT, [top_k, top_k_kl], what_is_stored, a_tiny_tail, its_divergence,
 # %% markdown ce
 # ## 4 · 由 logits 算交叉熵 (Cross-entropy) · {points} 分 · 10 分鐘
 #
-# 位置 t 的 logits 預測的是 token t + 1。給你一批 `logits` [batch, seqlen, 詞彙量]、`ids` [batch, seqlen]，以及 `real` [batch, seqlen]（補齊用的位置是 False），算出每個**真正的**下一個 token 的平均交叉熵。不要用 `cross_entropy`、`nll_loss`。
+# 位置 t 的 logits 預測的是 token t + 1。給你一批 `logits` [batch, seqlen, 詞彙量]、`ids` [batch, seqlen]，以及 `real` [batch, seqlen]（補齊用的位置是 False），算出每個**真正的**下一個 token 的平均交叉熵。不能用：{without}。
 #
 # 期望：均勻的 logits 得到 ln(詞彙量)；logits 加上常數、或大到 10000，結果都不出錯。消融：把補齊的位置也算進去，損失是正確值的 1.5 倍以上（測試裡補的都是難猜的 token）。
 
@@ -332,7 +336,7 @@ try_out(STUDENT, [next_token_loss], right_loss, padding_does_not_matter, large_l
 # %% markdown kd
 # ## 5 · 蒸餾損失與 T² (The distillation loss) · {points} 分 · 15 分鐘
 #
-# $\alpha\cdot\text{CE}+(1-\alpha)\cdot T^2\cdot\mathrm{KL}(p_T\Vert q_T)$，p 是教師、q 是學生，下標 T 是 logits 除以溫度 (temperature)，兩項都對 token 平均。`labels` [token] 是硬標籤 (hard labels)，CE 不除以溫度。不要用 `kl_div`、`cross_entropy`。
+# $\alpha\cdot\text{CE}+(1-\alpha)\cdot T^2\cdot\mathrm{KL}(p_T\Vert q_T)$，p 是教師、q 是學生，下標 T 是 logits 除以溫度 (temperature)，兩項都對 token 平均。`labels` [token] 是硬標籤 (hard labels)，CE 不除以溫度。不能用：{without}。
 #
 # 期望：有 T² 時，溫度由 4 加到 8，梯度的大小變化不到兩成。消融：沒有 T²，梯度小了三倍以上。
 
@@ -413,19 +417,19 @@ try_out(STUDENT, [kd_loss], right_terms, right_mixture, gradients_keep_their_siz
 # %% markdown gradient
 # ## 6 · 寫出梯度 (The exact gradient) · {points} 分 · 20 分鐘
 #
-# $T^2\cdot\mathrm{KL}(p_T\Vert q_T)$（對 token 平均）對學生 logits 的梯度有一行的公式。推導它、寫出來，不要用 autograd。
+# $T^2\cdot\mathrm{KL}(p_T\Vert q_T)$（對 token 平均）對學生 logits 的梯度有一行的公式。推導它、寫出來，不要用 autograd。不能用：{without}。
 #
 # 期望：和 autograd 在 float64 下完全一致；每一列加起來是 0。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
 #
-# $\partial(-\sum_i p_i\log q_i)/\partial z=(q-p)/T$。乘上 $T^2$，再除以 token 的個數。
+# 對 logits 微分時，$p$ 是常數，只剩 $-\sum_i p_i\log q_i$；而 $\partial\log q_i/\partial u_j=\delta_{ij}-q_j$，$u=z/T$。最後想想：$T^2$、$1/T$ 與平均各留下什麼？
 #
 # </details>
 
 
-# %% solution gradient without=backward,grad
+# %% solution gradient without=backward,grad,autograd
 def kd_gradient(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Gradient [tokens, vocabulary] of the mean over tokens of T² · KL, in the student's logits."""
     ### BEGIN SOLUTION
@@ -468,7 +472,7 @@ try_out(STUDENT, [kd_gradient], as_autograd, sums_to_zero, nothing_to_learn)
 # %% markdown relation
 # ## 7 · MiniLM 的值關係 (Value relations) · {points} 分 · 20 分鐘
 #
-# 學生比教師窄，隱藏狀態不能直接相減；但「哪個 token 像哪個 token」可以比。一個頭 (head) 的值關係是 $\mathrm{softmax}(VV^\top/\sqrt{d})$，d 是這個頭的寬度。傳回 $\mathrm{KL}(\text{teacher}\Vert\text{student})$，對頭與列平均。V 是 [heads, seqlen, d]，兩邊的 d 可以不同。
+# 學生比教師窄，隱藏狀態不能直接相減；但「哪個 token 像哪個 token」可以比。一個頭 (head) 的值關係是 $\mathrm{softmax}(VV^\top/\sqrt{d})$，d 是這個頭的寬度。傳回 $\mathrm{KL}(\text{teacher}\Vert\text{student})$，對頭與列平均。V 是 [heads, seqlen, d]，兩邊的 d 可以不同。不能用：{without}。
 #
 # 期望：不管兩邊多寬都算得出來；教師自己對自己是 0；V 整個旋轉，關係不變。
 
@@ -512,9 +516,9 @@ try_out(STUDENT, [relation_loss], right_divergence, turned)
 # %% markdown train
 # ## 8 · 訓練迴圈 (A training loop) · {points} 分 · 30 分鐘
 #
-# 學生是一個線性層：logits = `inputs` @ W.T。給你教師的 logits、起始的 W 與每一步要看的列（`batches`：一步一個索引張量），用 SGD（學習率 `lr`，沒有動量）最小化每一批的 $\mathrm{KL}(\text{teacher}\Vert\text{student})$ 平均，溫度 1。傳回訓練後的 W，以及**每一步更新之前**那一批的損失。可以用 autograd，也可以用第 6 題的公式。
+# 學生是一個線性層：logits = `inputs` @ W.T。給你教師的 logits、起始的 W 與每一步要看的列（`batches`：一步一個索引張量），用 SGD（學習率 `lr`，沒有動量）最小化每一批的 $\mathrm{KL}(\text{teacher}\Vert\text{student})$ 平均，溫度 1。傳回訓練後的 W，以及**每一步更新之前**那一批的損失。可以用 autograd，也可以用第 6 題的公式；更新那一行自己寫。不能用：{without}。
 #
-# 期望：最後的損失不到開始的十分之一；給你的 W 不能被改到。消融：教師的 logits 打亂之後（配錯題目），損失降不到一半。
+# 期望：最後的損失不到開始的十分之一。消融：教師的 logits 打亂之後（配錯題目），損失降不到一半。
 
 # %% markdown
 # <details><summary>💡 提示</summary>
@@ -524,7 +528,7 @@ try_out(STUDENT, [relation_loss], right_divergence, turned)
 # </details>
 
 
-# %% solution train without=kl_div,SGD
+# %% solution train without=kl_div,optim,SGD
 def distil(
     inputs: Tensor, teacher: Tensor, weight: Tensor, batches: list[Tensor], lr: float
 ) -> tuple[Tensor, list[float]]:
@@ -636,7 +640,7 @@ try_out(STUDENT, [compare], right_numbers, sees_a_percent)
 # %% markdown policy
 # ## 10 · 加分題：學生自己寫的一批 (On-policy batch) · {points} 分 · 30 分鐘
 #
-# 學生在自己寫的文字上學，才學得到怎麼收拾自己的錯。這裡的模型只看前一個 token：`student`、`teacher` 是 [vocabulary, vocabulary] 的 logits，第 i 列是 token i 之後的分布。由 `start` [batch] 開始，**由學生**抽樣 `length` 個 token（用給你的亂數 `noise`），再算這些位置的反向 KL $\mathrm{KL}(q_{\text{student}}\Vert p_{\text{teacher}})$ 平均。傳回抽到的 token [batch, length] 與這個 KL。
+# 學生在自己寫的文字上學，才學得到怎麼收拾自己的錯。這裡的模型只看前一個 token：`student`、`teacher` 是 [vocabulary, vocabulary] 的 logits，第 i 列是 token i 之後的分布。由 `start` [batch] 開始，**由學生**抽樣 `length` 個 token（用給你的亂數 `noise`），再算這些位置的反向 KL $\mathrm{KL}(q_{\text{student}}\Vert p_{\text{teacher}})$ 平均。傳回抽到的 token [batch, length] 與這個 KL。不能用：{without}。
 #
 # 抽樣規則：`noise` [batch, length] 在 0 與 1 之間，選第一個「累積機率大於 noise」的 token。期望：同樣的 noise 得到同樣的 token，頻率符合學生的分布。
 

@@ -2,7 +2,8 @@
 
 A master is a Python file in percent format. The line above a cell says what it is:
 
-    # %% markdown [TASK]                  prose, written as comments; `{points}` is the sum of the task's checks
+    # %% markdown [TASK]                  prose, written as comments; `{points}` is the sum of the task's checks,
+                                          `{without}` the names that its solution may not use
     # %% student                          the student's name, from which all inputs are drawn
     # %% given                            code for everyone; an answer's process gets what stands above the answer
     # %% checker                          code for checks only: the sandbox never sees it
@@ -127,8 +128,10 @@ def notebook(master: Master, *, solutions: bool) -> NotebookNode:
     for number, cell in enumerate(master.cells):
         name = f"{cell.kind}-{cell.task or number}"
         if cell.kind == "markdown":
-            points = tasks[cell.task].points if cell.task in tasks else sum(task.points for task in tasks.values())
-            made = v4.new_markdown_cell(cell.source.replace("{points}", str(points)))
+            own = [tasks[cell.task]] if cell.task in tasks else list(tasks.values())
+            without = "、".join(f"`{name}`" for task in own for name in task.without)
+            points = str(sum(task.points for task in own))
+            made = v4.new_markdown_cell(cell.source.replace("{points}", points).replace("{without}", without))
         else:
             source = cell.source if solutions or cell.kind != "solution" else blank(cell.source)
             made = v4.new_code_cell(source)

@@ -28,10 +28,21 @@ def broken(source: str, without: list[str] = ()) -> str:
         tree = ast.parse(source)
     except SyntaxError as error:
         return f"The cell is not Python: {error.msg}, line {error.lineno}."
+    foreign = set(without) - _own(tree)
     for node in ast.walk(tree):
-        if said := _imports(node) or _calls(node) or _changes(node) or _uses(node, without):
+        if said := _imports(node) or _calls(node) or _changes(node) or _uses(node, without, foreign):
             return said
     return ""
+
+
+def _own(tree: ast.AST) -> set[str]:
+    """Names that a cell gives to what is its own: variables, parameters, functions."""
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return stored | {
+        node.arg if isinstance(node, ast.arg) else node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg | ast.FunctionDef)
+    }
 
 
 def _imports(node: ast.AST) -> str:
@@ -83,10 +94,13 @@ def _replaced(node: ast.AST) -> str:
     return ""
 
 
-def _uses(node: ast.AST, without: list[str]) -> str:
+def _uses(node: ast.AST, without: list[str], foreign: set[str]) -> str:
+    """without: names that no module or tensor may be asked for; foreign: those of them that are not the cell's own."""
     name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-    if name in without:
-        return f"The cell uses {name}, which is what this exercise is about: write it by hand."
+    asked = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+    asked |= {name} if isinstance(node, ast.Attribute) else {name} & foreign
+    if banned := sorted(asked.intersection(without)):
+        return f"The cell uses {banned[0]}, which is what this exercise is about: write it by hand."
     if name in INSIDES:
         return f"The cell uses {name}, which no answer needs."
     return ""

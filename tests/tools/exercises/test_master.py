@@ -81,6 +81,7 @@ def test_has_what_an_exercise_has(lab):
         assert statement.startswith(f"## {number} · ")
         assert f"· {task.points} 分 ·" in statement
         assert len(master.POINTS.findall(task.test)) >= 2
+        assert [name for name in task.without if f"`{name}`" not in statement] == [], "refused, and not announced"
         after = cells[[cell.id for cell in cells].index(f"markdown-{task.name}") + 1 :]
         hint = next(cell.source for cell in after if cell.cell_type == "markdown")
         assert hint.startswith("<details><summary>💡 提示</summary>")

@@ -21,6 +21,8 @@ from tools.exercises.rules import broken
         ("(lambda: 0).__globals__", "uses __globals__"),
         ("def f(:", "is not Python"),
         ("F.kl_div(p, q)", "uses kl_div"),
+        ("kl_div = F.kl_div", "uses kl_div"),
+        ("from torch.nn.functional import kl_div as divergence", "uses kl_div"),
     ],
 )
 def test_told(source, said):
@@ -43,3 +45,8 @@ def f(w):
     return w
 """
     assert broken(source, without=["kl_div"]) == ""
+
+
+def test_a_function_of_the_answers_own_may_have_the_name():
+    own = "def kl_div(p, q):\n    return p\n\ndef f(grad):\n    return kl_div(grad, 1)"
+    assert broken(own, without=["kl_div", "grad"]) == ""

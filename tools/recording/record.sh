@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On the air-gapped host: record notebooks one after the other while the time suffices; call it again for the rest.
 #
-#   tools/recording/record.sh SECONDS OUT 3.1-01:60 3.1-02:120 ...      notebook:seconds it is expected to take
+#   tools/recording/record.sh SECONDS OUT 3.1-01:60 A-A1:120 ...      notebook:seconds it is expected to take
 #
 # After each one, OUT/recorded.tar.gz holds all notebooks recorded so far, the figures of all of them and the executed
 # copies, which know every cell's seconds, so that a host that is taken away loses at most the one under way. Bring it
@@ -14,11 +14,12 @@ for item in "$@"; do
     name=${item%%:*}; left=$((budget - (SECONDS - begin)))
     [ -e "$host/recorded/$name.done" ] && continue
     if [ $left -lt "${item##*:}" ]; then echo "$name: $left s are too few"; break; fi
-    timeout $((left - 5)) python3 -m tools.run --record --gpu-memory 15 --lab "${name%-*}" --notebook "${name#*-}" \
+    lab=${name%-*}; notebook=${name#*-}; folder=Lab-$lab; [ "$lab" = A ] && folder=Advanced
+    timeout $((left - 5)) python3 -m tools.run --record --gpu-memory 15 --lab "$lab" --notebook "$notebook" \
         > "$host/recorded/$name.log" 2>&1
     status=$?; echo "$name: status $status, $((SECONDS - begin)) s"
     if [ $status = 0 ]; then
-        cp --parents 03-Model_Compression/Lab-"${name%-*}"*/"${name#*-}"*.ipynb "$host/recorded/"
+        cp --parents 03-Model_Compression/"$folder"*/"$notebook"*.ipynb "$host/recorded/"
         touch "$host/recorded/$name.done"
     else
         tail -c 1500 "$host/recorded/$name.log"

@@ -27,7 +27,7 @@ class MaskedLoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.mask * (self.B @ self.A).to(weight.dtype)
+        return weight + self.mask * (self.B.to(weight.dtype) @ self.A.to(weight.dtype))
 
 
 def add_lora(model: nn.Module, rank: int) -> list[nn.Parameter]:
@@ -57,7 +57,7 @@ def teacher_labels(teacher: nn.Module, windows: Tensor, k: int, device: torch.de
     return [(ids.cpu(), log_probs.cpu()) for ids, log_probs in labels]
 
 
-def batches(count: int, size: int, steps: int) -> Iterator[list[int]]:
+def in_random_order(count: int, size: int, steps: int) -> Iterator[list[int]]:
     """Which windows each step reads: all of them in a random order, then again in another."""
     order: list[int] = []
     for _ in range(steps):
@@ -67,7 +67,7 @@ def batches(count: int, size: int, steps: int) -> Iterator[list[int]]:
         yield batch
 
 
-def recover(
+def retrain(
     model: nn.Module,
     windows: Tensor,
     labels: list[tuple[Tensor, Tensor]],
@@ -86,7 +86,7 @@ def recover(
     model.train()
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
-    for batch in tqdm(batches(len(windows), batch_size, steps), total=steps, desc="recover", unit="step"):
+    for batch in tqdm(in_random_order(len(windows), batch_size, steps), total=steps, desc="retrain", unit="step"):
         logits = model(input_ids=windows[batch].to(model.device), use_cache=False).logits[:, :-1].flatten(0, 1)
         ids, log_probs = (torch.cat(parts).to(model.device) for parts in zip(*(labels[i] for i in batch), strict=True))
         loss = top_k_kd_loss(logits, ids, log_probs, temperature=1.0) / len(logits)

@@ -7,7 +7,7 @@ import torch
 
 from common.methods.blocks import iter_linears
 from common.methods.pruning import PruneConfig, model_sparsity, prune_model
-from common.methods.recovery import add_lora, batches, merge_lora, recover, teacher_labels
+from common.methods.recovery import add_lora, in_random_order, merge_lora, retrain, teacher_labels
 from common.methods.structured import drop_blocks
 
 
@@ -29,7 +29,7 @@ def test_recovery_comes_closer_to_the_dense_model_and_keeps_the_zeros(llama, pru
     labels = teacher_labels(llama, windows, 64, torch.device("cpu"))
     before, zeros = divergence(pruned, llama, windows), {n: w.weight == 0 for n, w in iter_linears(pruned)}
     sparsity, names = model_sparsity(pruned), set(pruned.state_dict())
-    recover(pruned, windows, labels, steps=30, batch_size=2, rank=8, learning_rate=1e-2)
+    retrain(pruned, windows, labels, steps=30, batch_size=2, rank=8, learning_rate=1e-2)
     assert divergence(pruned, llama, windows) < 0.8 * before
     assert all(torch.equal(linear.weight == 0, zeros[name]) for name, linear in iter_linears(pruned))
     assert model_sparsity(pruned) == sparsity and set(pruned.state_dict()) == names
@@ -40,7 +40,7 @@ def test_a_smaller_dense_model_is_recovered_too(llama, windows):
     shallow = drop_blocks(llama, [1])
     labels = teacher_labels(llama, windows, 64, torch.device("cpu"))
     before = divergence(shallow, llama, windows)
-    recover(shallow, windows, labels, steps=30, batch_size=2, rank=8, learning_rate=1e-2)
+    retrain(shallow, windows, labels, steps=30, batch_size=2, rank=8, learning_rate=1e-2)
     assert divergence(shallow, llama, windows) < before
 
 
@@ -64,5 +64,5 @@ def test_labels_are_the_teachers(llama, windows):
 
 
 def test_every_window_is_read_before_one_is_read_again():
-    read = [i for batch in batches(5, 2, 5) for i in batch]
+    read = [i for batch in in_random_order(5, 2, 5) for i in batch]
     assert sorted(read[:5]) == sorted(read[5:]) == list(range(5))

@@ -33,6 +33,8 @@ def add(statement: Statement, size: int, sha256: str, found: dict, file: Path = 
 
 def table(file: Path = FILE) -> str:
     """A Markdown table, the nearest first."""
+    if not file.exists():
+        return "（尚無紀錄：`make submit` 之後產生。）\n"
     lines = ["| 名次 | 名稱 | 作者 | 方法 | MB | 校準 token | KL 散度，nats/token | 日期 |"]
     lines += ["| ---: | --- | --- | --- | ---: | ---: | ---: | --- |"]
     for rank, entry in enumerate(read(file), start=1):

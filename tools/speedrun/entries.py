@@ -1,4 +1,4 @@
-"""The course's own entries, to begin with: each is made in a few minutes on two free cores.
+"""The course's own entries, to begin with.
 
 python -m tools.speedrun.entries NAME FOLDER        then: make submit FILE=FOLDER
 """

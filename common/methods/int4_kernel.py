@@ -35,7 +35,7 @@ def _number(half, kind: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "outputs", "groups"])
-def int4_product(
+def int4_gemm(
     x, words, scale, zero, out, sums, arrived, tokens, outputs, groups,
     ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def product(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: tor
         int4_gemv[(outputs // 8,)](x, words, scale, zero, out, words.shape[1], ROWS=8, CHUNK=512, num_warps=4)
         return out
     split = 4 if outputs > 8192 or tokens > 32 else 8  # of few rows there are too few programs for the card
-    int4_product[(outputs // ROWS, split)](
+    int4_gemm[(outputs // ROWS, split)](
         x, words, scale, zero, out, *_workspace(x.device, outputs), tokens, outputs, groups,
         ROWS=ROWS, TOKENS=max(16, triton.next_power_of_2(tokens)), num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -92,7 +92,9 @@ def finish_qad(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
             quantized[name] = fake.quantized(shadow)
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
             linear.weight.data.copy_(quantized[name].dequantize())
-    model.to(dtype).requires_grad_(False)
+    for parameter in model.parameters():  # not `model.to`: it would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(False)
     return quantized
 
 

@@ -78,13 +78,15 @@ def rotate_model(
     *,
     residual: bool = True,
     heads: bool = True,
+    width: int | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Module:
     """Turn the residual stream (R1) and each head's values (R2) of a Llama-like model, in place.
 
     What the model computes stays, which is proven on a few tokens, up to rounding of its weights. A tied head is
-    untied. device: where one block at a time is turned (default: where the model is). Raises ValueError where the model
-    is not built like Llama (before the first change), or computes something else afterwards.
+    untied. width: turn so many neighbouring channels among themselves (default: all). device: where one block at a time
+    is turned (default: where the model is). Raises ValueError where the model is not built like Llama (before the first
+    change), or computes something else afterwards.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     blocks, base = decoder_blocks(model), model.base_model
@@ -101,7 +103,8 @@ def rotate_model(
 
     generator, home = torch.Generator().manual_seed(seed), model.device
     device = torch.device(device or home)
-    turn = random_rotation(config.hidden_size, generator).to(device)
+    width = width or config.hidden_size
+    turn = torch.block_diag(*[random_rotation(width, generator)] * (config.hidden_size // width)).to(device)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if residual:
         embedding.weight.copy_(embedding.weight.to(device).double() @ turn)

@@ -116,3 +116,12 @@ def test_refuses_what_is_not_the_models(llama):
     weight = rtn(torch.randn(4, 32), CONFIG)
     with pytest.raises(ValueError, match="not a linear layer"):
         prepare_qad(llama, {"model.layers.0.self_attn.q_proj": weight})
+
+
+def test_rotary_frequencies_keep_their_precision(quantized):
+    """They are a buffer in float32, also in models of 16 bits; rounded, the model would lose its positions."""
+    model, weights, _ = quantized
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    finish_qad(prepare_qad(model, weights), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)

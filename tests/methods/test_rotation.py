@@ -38,7 +38,7 @@ def unlike_norms(model):
     return model
 
 
-@pytest.mark.parametrize("which", [{}, {"residual": False}, {"heads": False}])
+@pytest.mark.parametrize("which", [{}, {"residual": False}, {"heads": False}, {"width": 16}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_function_stays(make_llama, which, tied):
     model = unlike_norms(make_llama(tie_word_embeddings=tied))

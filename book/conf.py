@@ -40,6 +40,7 @@ html_js_files = [
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_show_copyright = False
 html_search_language = CharacterPairs.lang
 html_sidebars = {
     "**": [
@@ -58,7 +59,7 @@ FONTS = "'Noto Sans TC', 'PingFang TC', 'Microsoft JhengHei', 'Noto Sans CJK TC'
 html_theme_options = {
     "light_css_variables": {
         "font-stack": f"system-ui, -apple-system, 'Segoe UI', {FONTS}",
-        "font-stack--monospace": f"ui-monospace, 'Cascadia Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace, {FONTS}",
+        "font-stack--monospace": f"ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace, {FONTS}",
     },
     "navigation_with_keys": True,
     "top_of_page_buttons": [],

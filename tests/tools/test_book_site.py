@@ -1,66 +1,17 @@
 """The built book in a real Chromium, opened from a folder: pages, search, links, widgets."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from common.course.settings import ROOT
-from tests.book_tools import require_sphinx
+from tests.book_tools import open_page, require_sphinx
 
 require_sphinx()
 
-from playwright.sync_api import Page, sync_playwright
-
-from tools.book.browser import chromium
-
 pytestmark = pytest.mark.slow
-ALLOWED = ("file:", "data:", "blob:")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The book, built from the files as they are; BOOK names one that is built already."""
-    if built := os.environ.get("BOOK"):
-        return Path(built).resolve()
-    out = tmp_path_factory.mktemp("book")
-    done = subprocess.run([sys.executable, "-m", "tools.book", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = chromium()
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=program.path, env=program.environment)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def page(browser):
-    """A page that remembers what went wrong: `page.complaints`."""
-    context = browser.new_context(reduced_motion="reduce", viewport={"width": 1000, "height": 800})
-    opened = context.new_page()
-    opened.complaints = []
-    opened.on("console", lambda m: m.type in ("error", "warning") and opened.complaints.append(m.text))
-    opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    opened.on("requestfailed", lambda r: opened.complaints.append(f"not to be had: {r.url}"))
-    opened.on("request", lambda r: r.url.startswith(ALLOWED) or opened.complaints.append(f"asked elsewhere: {r.url}"))
-    yield opened
-    context.close()
-
-
-def open_page(page: Page, file: Path, query: str = "") -> None:
-    page.goto(file.as_uri() + query, wait_until="load")
-    page.wait_for_function("!document.querySelector('pre.mermaid') || document.documentElement.dataset.diagrams")
-    page.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise")
 
 
 def test_every_page_opens_from_a_folder_on_a_phone_without_a_request_elsewhere_or_an_error(site, page):

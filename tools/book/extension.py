@@ -5,16 +5,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.locale import get_translator
 from sphinx.search import languages
 
 from common.course.settings import ROOT
-from tools.book import citations, contents, english, links, origins, sources, terms
+from tools.book import citations, contents, english, links, measured, origins, sources, terms, widgets
 from tools.book.search import CharacterPairs
 
 VENDOR = {  # what PyPI brings for the browser, and its name in the book
     "sphinx-mathjax-offline": ("static/mathjax/tex-svg-full.js", "mathjax.js"),
     "mermaidx": ("assets/mermaid.js", "mermaid.js"),
 }
+
+WORDS = {"Previous": "上一頁", "Next": "下一頁", "Home": "首頁", "On this page": "本頁內容"}
 
 
 def _contents(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -23,6 +26,11 @@ def _contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def _context(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
     context["language_pages"] = english.pages()
+
+
+def _chinese(app: Sphinx) -> None:
+    """What the theme says in English, for want of a catalogue."""
+    get_translator("sphinx")._catalog.update(WORDS)
 
 
 def _forget(app: Sphinx, env, docname: str) -> None:
@@ -46,6 +54,7 @@ def _finish(app: Sphinx, error: Exception | None) -> None:
     for package, (file, name) in VENDOR.items():
         folder = Path(find_spec(package).submodule_search_locations[0])
         shutil.copy(folder / file, out / "_static" / "vendor" / name)
+    measured.write(out / "_static" / "data")
     shutil.copy(out / "README.html", out / "index.html")
     for notebook in ROOT.glob("03-Model_Compression/*/*.ipynb"):
         shutil.copy(notebook, out / notebook.relative_to(ROOT))
@@ -53,6 +62,7 @@ def _finish(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict:
     languages[CharacterPairs.lang] = CharacterPairs
+    app.connect("builder-inited", _chinese)
     app.connect("env-before-read-docs", _begin)
     app.connect("source-read", _contents)
     app.connect("env-purge-doc", _forget)
@@ -61,6 +71,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", _context)
     app.connect("build-finished", _finish)
     app.add_directive("glossary-list", terms.GlossaryList)
+    app.add_directive("widget", widgets.Widget)
     for transform in (links.WithinTheBook, origins.Origins, origins.Diagrams, citations.Citations, terms.FirstUse):
         app.add_transform(transform)
     for transform in (links.Anchors, citations.CitedBy):

@@ -106,6 +106,7 @@ def test_a_table_is_sorted_by_a_click_and_shows_one_device(site, page):
 
 
 def test_the_english_door_keeps_the_place(site, page):
+    page.set_viewport_size({"width": 1280, "height": 800})  # where the sidebar is in sight
     open_page(page, site / "README.html", "#" + "主要結果")
     page.wait_for_timeout(200)
     page.locator("a.language").click()

@@ -71,7 +71,7 @@ class GlossaryList(Directive):
 class FirstUse(SphinxTransform):
     """Where a page first uses a term: a link to the glossary with the English to hover over, and an index entry."""
 
-    default_priority = 880
+    default_priority = 840  # before Sphinx collects the index entries (850)
 
     def apply(self, **kwargs) -> None:
         here = self.env.docname

@@ -34,6 +34,14 @@ def test_every_page_opens_from_a_folder_on_a_phone_without_a_request_elsewhere_o
     assert faults == {}
 
 
+def test_a_request_elsewhere_and_an_error_are_noticed(page, tmp_path):
+    text = "<h1>x</h1><img src='https://example.invalid/x.png' alt=''><script>throw new Error('broken')</script>"
+    (tmp_path / "a.html").write_text(text, encoding="utf-8")
+    open_page(page, tmp_path / "a.html")
+    assert any("asked elsewhere: https://example.invalid/x.png" in said for said in page.complaints)
+    assert any("broken" in said for said in page.complaints)
+
+
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
@@ -70,7 +78,7 @@ def _page(file: Path) -> tuple[frozenset[str], tuple[str, ...]]:
 def dead_links(site: Path) -> list[str]:
     faults = []
     for file in sorted(site.rglob("*.html")):
-        for target in set(_page(file)[1]):
+        for target in sorted(set(_page(file)[1])):
             if re.match(r"(?:https?|mailto|data):", target):
                 continue
             name, _, place = unquote(target.replace("&amp;", "&")).partition("#")

@@ -6,6 +6,7 @@
 # make figures   set up, draw the figures of the theory documents again
 # make stale     which recordings no longer belong to their code, which edit made it so, and what waits in the ledger
 # make release-check  fails while a recording is stale or waits
+# make book      the whole course as one static site, .work/book/html/index.html: no server and no network needed
 # make map       draw the tree and the order of imports
 # make notebook  set up, open JupyterLab on the chapter
 # make doctor MODEL=...  set up, look at a checkpoint (folder, .gguf file or Hub id): what it is, what is wrong, what to do
@@ -39,7 +40,7 @@ LAB_OPTIONS = $(if $(LAB),--lab $(LAB)) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 # The engines take minutes to set up, and only Lab 3.1's notebook 04 uses them.
 ENGINES := $(if $(filter 3.2 3.3,$(LAB))$(filter-out 04%,$(NOTEBOOK)),,try-engines)
 
-.PHONY: setup engines serve-env try-engines interop bench labs record check test nightly lint docs-check figures notebook exercises grade slides submit loadtest doctor tables stale settle release-check map clean
+.PHONY: setup engines serve-env try-engines interop bench labs record check test nightly lint docs-check figures notebook exercises grade slides submit loadtest doctor tables stale settle release-check map book clean
 
 setup: .venv/.ready
 
@@ -101,6 +102,10 @@ interop: setup .venv-interop/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
 	@touch $@
 
+.venv/.book: requirements-book.txt | .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
 bench: setup .venv/.bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bench $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
@@ -118,8 +123,8 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 check: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not engines and not notebooks and not nightly"
 
-# The tests want both engines: what a laptop may lack, CI must have. The two are set up side by side.
-test: lint
+# The tests want both engines and the book: what a laptop may lack, CI must have. The engines are set up side by side.
+test: lint .venv/.book
 	@$(MAKE) --no-print-directory --jobs 2 engines serve-env
 	HF_HUB_OFFLINE=1 COURSE_ENGINES=1 $(BIN)/python -m pytest $(PARALLEL)
 
@@ -173,6 +178,9 @@ settle: setup
 
 release-check: setup
 	$(BIN)/python -m tools.provenance release
+
+book: setup .venv/.book
+	$(BIN)/python -m tools.book
 
 map: setup
 	$(BIN)/python -m tools.map

@@ -4,6 +4,7 @@ python -m tools.debian nginx prometheus/promtool
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,21 @@ def program(package: str, name: str) -> Path:
     """The program `name` of a Debian package. Raises NotToBeHad."""
     if found := shutil.which(name, path=PLACES):
         return Path(found)
-    folder = work_folder() / "debian" / package
-    if not folder.exists():
-        _unpack(package, folder)
-    found = next((path for path in (folder / "usr").glob(f"*bin/{name}")), None)
+    found = next((path for path in (unpacked(package) / "usr").glob(f"*bin/{name}")), None)
     if not found:
         raise NotToBeHad(f"The package {package} has no program {name}.")
     return found
 
 
-def _unpack(package: str, folder: Path) -> None:
+def unpacked(package: str, whole: bool = False) -> Path:
+    """The folder of an unpacked package; `whole`: with what it needs and the system lacks. Raises NotToBeHad."""
+    folder = work_folder() / "debian" / package
+    if not folder.exists():
+        _unpack(package, folder, whole)
+    return folder
+
+
+def _unpack(package: str, folder: Path, whole: bool) -> None:
     """Download the package and unpack it. Lists of packages of our own: updating the system's takes root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise NotToBeHad(f"{package} is not installed, and this is no Debian or Ubuntu, whose apt-get would bring it.")
@@ -46,11 +52,20 @@ def _unpack(package: str, folder: Path) -> None:
         "Acquire::Retries=2",
     ]
     apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
-    for command in ([*apt, "update"], [*apt, "download", package]):
-        done = subprocess.run(command, cwd=part, capture_output=True, text=True, timeout=300)
+
+    def run(*words: str) -> str:
+        done = subprocess.run([*apt, *words], cwd=part, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            raise NotToBeHad(f"{' '.join(command[:1] + command[-2:])}: {done.stderr.strip() or done.stdout.strip()}")
-    subprocess.run(["dpkg", "-x", next(part.glob("*.deb")), part / "root"], check=True, timeout=60)
+            raise NotToBeHad(f"apt-get {' '.join(words[-2:])}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    run("update")
+    wanted = [package]
+    if whole:
+        wanted = re.findall(r"^Inst (\S+)", run("--simulate", "--no-install-recommends", "install", package), re.M)
+    run("download", *wanted)
+    for file in part.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", file, part / "root"], check=True, timeout=60)
     (part / "root").rename(folder)
     shutil.rmtree(part)
 

@@ -49,7 +49,7 @@ class Packed:
         return (self.codes * self.scale + self.least).flatten(self.dim, self.dim + 1)
 
 
-def pack(values: Tensor, bits: int, dim: int, group_size: int) -> Packed:
+def pack_groups(values: Tensor, bits: int, dim: int, group_size: int) -> Packed:
     """Round to 2^bits even steps between the least and the largest value of every group along `dim`.
 
     Raises ValueError where group_size does not divide that dimension.
@@ -66,7 +66,7 @@ def pack(values: Tensor, bits: int, dim: int, group_size: int) -> Packed:
 
 def pack_keys(keys: Tensor, config: CacheConfig) -> Packed:
     """Keys [batch, heads, tokens, channels], by channel or by token."""
-    return pack(keys, config.bits, -2 if config.keys_by_channel else -1, config.group_size)
+    return pack_groups(keys, config.bits, -2 if config.keys_by_channel else -1, config.group_size)
 
 
 class QuantizedLayer(DynamicLayer):
@@ -85,7 +85,7 @@ class QuantizedLayer(DynamicLayer):
         if ready:
             keys, values = (tensor[..., :ready, :] for tensor in recent)
             self.packed.append(
-                (pack_keys(keys, self.config), pack(values, self.config.bits, -1, self.config.group_size))
+                (pack_keys(keys, self.config), pack_groups(values, self.config.bits, -1, self.config.group_size))
             )
             self.keys, self.values = (tensor[..., ready:, :] for tensor in recent)
         return everything

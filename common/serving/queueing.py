@@ -14,7 +14,7 @@ HALF_LIFE = 60.0  # seconds after which half of what a client has had is forgott
 REMEMBERED = 4096  # clients
 
 
-class Usage:
+class RecentUse:
     """The slot-seconds that each client has had lately; times are `time.monotonic`'s."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ class Gate:
         self._free, self._queue, self._metrics = slots, queue, metrics
         self._waiting: list[_Waiting] = []  # in the order of arrival
         self._inside: Counter[str] = Counter()
-        self._usage = Usage()
+        self._usage = RecentUse()
         metrics.queue_limit.set(queue)
 
     @asynccontextmanager

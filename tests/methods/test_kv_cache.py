@@ -12,7 +12,7 @@ from common.methods.kv_cache import (
     QuantizedLayer,
     ReadInPieces,
     cache_bytes,
-    pack,
+    pack_groups,
     pack_keys,
 )
 
@@ -34,14 +34,14 @@ def keys(tokens=64, channels=32, seed=0):
 def test_packing_errs_at_most_half_a_step(bits):
     values = keys()
     for dim in (-1, -2):
-        packed = pack(values, bits, dim, 16)
+        packed = pack_groups(values, bits, dim, 16)
         assert packed.codes.dtype == torch.uint8 and packed.codes.max() == 2**bits - 1
         error = (packed.unpack() - values).unflatten(dim, (-1, 16)).abs()
         assert (error <= packed.scale * 0.5001 + 1e-5).all()
 
 
 def test_a_constant_group_is_kept():
-    assert torch.equal(pack(torch.full((1, 1, 4, 8), 3.0), 2, -1, 8).unpack(), torch.full((1, 1, 4, 8), 3.0))
+    assert torch.equal(pack_groups(torch.full((1, 1, 4, 8), 3.0), 2, -1, 8).unpack(), torch.full((1, 1, 4, 8), 3.0))
 
 
 def test_keys_by_channel_err_less_where_channels_differ():
@@ -85,7 +85,7 @@ class TheirsByToken(TheirLayer):
     """transformers' quantized layer (its schedule, its residual length) with our rounding in place of quanto's."""
 
     def _quantize(self, tensor, axis):
-        return pack(tensor, self.nbits, -1, self.q_group_size)
+        return pack_groups(tensor, self.nbits, -1, self.q_group_size)
 
     def _dequantize(self, stored):
         return stored.unpack()
@@ -116,7 +116,7 @@ def test_reading_in_pieces_is_the_model_where_nothing_is_rounded(llama, text):
 
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="do not divide 20"):
-        pack(torch.randn(1, 1, 4, 20), 4, -1, 8)
+        pack_groups(torch.randn(1, 1, 4, 20), 4, -1, 8)
     with pytest.raises(ValueError, match="bits must be"):
         CacheConfig(bits=5)
     with pytest.raises(NotImplementedError, match="Beam search"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.serving.metrics import Metrics
-from common.serving.queueing import HALF_LIFE, REMEMBERED, Gate, Usage, client_of
+from common.serving.queueing import HALF_LIFE, REMEMBERED, Gate, RecentUse, client_of
 from common.serving.schemas import ApiError
 
 LATER = 1000.0
@@ -129,7 +129,7 @@ def test_never_more_inside_than_places_and_none_is_lost(steps):
 
 
 def test_usage_is_forgotten_by_halves_and_bounded():
-    usage, later = Usage(), 2 * HALF_LIFE
+    usage, later = RecentUse(), 2 * HALF_LIFE
     usage.add("a", 8.0, now=0.0)
     assert usage.of("a", later) == pytest.approx(2.0)
     usage.add("a", 1.0, later)

@@ -55,3 +55,15 @@ def test_it_is_unpacked_once(only, tmp_path):
     assert len((tmp_path / "called").read_text("utf-8").splitlines()) == 2  # update, download
     with pytest.raises(debian.NotToBeHad, match="has no program other"):
         debian.program("nginx", "other")
+
+
+def test_whole_is_with_what_the_system_lacks(only, tmp_path):
+    only(
+        apt_get=f"""echo "$*" >> {tmp_path}/called
+case "$*" in *--simulate*) printf 'Inst libnss3 (2)\\nInst chromium (1)\\nConf chromium (1)\\n';; esac
+touch a.deb b.deb""",
+        dpkg='mkdir -p "$3/usr/lib"; touch "$3/usr/lib/$(basename "$2")"',
+    )
+    folder = debian.unpacked("chromium", whole=True)
+    assert sorted(file.name for file in (folder / "usr/lib").iterdir()) == ["a.deb", "b.deb"]
+    assert (tmp_path / "called").read_text("utf-8").splitlines()[-1].endswith("download libnss3 chromium")

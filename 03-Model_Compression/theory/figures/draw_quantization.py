@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.measure.plots import BLUE, GREEN, GREY, METHODS, ORANGE
+from common.measure.evaluation import Estimate
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE
+from common.measure.quantization_plots import bits_against_distortion
 from common.methods.compensation import Hessian, inverse_cholesky
 from common.methods.quantization import QuantizeConfig, gptq, rtn
 from tools.tables import committed
@@ -85,44 +87,22 @@ def compensation() -> Figure:
     return figure
 
 
-def newest_sweep() -> tuple[str, dict[str, dict]]:
-    """The device with the most settings in its sweep, and its perplexity records by artifact."""
-    sweeps: dict[str, dict[str, dict]] = {}
-    for r in committed():
-        if (r["lab"], r["notebook"], r["key"]) == ("quantization", "02-Quantize", "perplexity"):
-            sweeps.setdefault(r["device"], {})[r["artifact"]] = r
-    device = max(sorted(sweeps), key=lambda name: len(sweeps[name]))
-    return device, sweeps[device]
-
-
-def setting(artifact: str) -> str:
-    """`gptq-w4-g64-asym-mse-act` as it is shown beside a bar."""
-    names = {"bnb-nf4": "bitsandbytes NF4", "bnb-int8": "bitsandbytes INT8"}
-    method, *parts = artifact.split("-")
-    words = {"w": "{} bit", "g": "g{}"}
-    shown = [words[part[0]].format(part[1:]) if part[0] in words and part[1:].isdigit() else part for part in parts]
-    return names.get(artifact) or ", ".join([method.upper(), *shown])
-
-
 def sweep() -> Figure:
-    """What every setting adds to the perplexity, on the device with the longest sweep."""
-    device, records = newest_sweep()
-    base = records.pop("original")
-    rows = sorted(records.values(), key=lambda r: r["value"], reverse=True)
-    figure, axis = plt.subplots(figsize=(8.4, 0.27 * len(rows) + 1.2))
-    for place, r in enumerate(rows):
-        color = METHODS[r["artifact"].removeprefix("bnb-").split("-")[0]]
-        axis.plot(r["value"] - base["value"], place, "o", color=color)
-    axis.set_yticks(range(len(rows)), [setting(r["artifact"]) for r in rows], fontsize=8)
-    for name in ("RTN", "GPTQ", "AWQ", "NF4", "INT8"):
-        axis.plot([], [], "o", color=METHODS[name.lower()], label=name)
-    protocol = base["protocol"]
-    stated = f"{protocol['corpus']}, {protocol['windows']} windows of {protocol['seqlen']} tokens"
-    axis.set(xscale="log", xlabel=f"perplexity above the original's {base['value']:.2f} ({stated})")
-    axis.set_title(f"Every setting, on {device}")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.legend(frameon=False, loc="upper right")
-    return figure
+    """KL of the whole model against the true bits per weight, by method, on the device with the longest sweep."""
+    records = [r for r in committed() if (r["lab"], r["notebook"]) == ("quantization", "02-Quantize")]
+    kls = [r for r in records if r["key"] == "blocks-kl"]
+    device = max(sorted({r["device"] for r in kls}), key=lambda name: sum(r["device"] == name for r in kls))
+    bits = {r["artifact"]: r["value"] for r in records if (r["device"], r["key"]) == (device, "bits-per-weight")}
+    found: dict[str, list[tuple[float, Estimate]]] = {}
+    for r in (r for r in kls if r["device"] == device):
+        artifact = r["artifact"].removeprefix("gguf-")  # GGUF's bits are recorded by the type's name
+        if artifact in bits:  # the rows of the options have the bits of rows that are there already
+            kl = Estimate(r["value"], r["spread"], *r["interval"])
+            method = "GGUF" if artifact != r["artifact"] else artifact.split("-")[0].upper()
+            found.setdefault(method, []).append((bits[artifact], kl))
+    protocol = kls[0]["protocol"]
+    stated = f"{protocol['windows']} windows of {protocol['seqlen']} tokens"
+    return bits_against_distortion(found, f"First {protocol['blocks']} blocks quantized: KL on {stated} ({device})")
 
 
 def seconds(batch: float, bits: float) -> float:
@@ -131,13 +111,14 @@ def seconds(batch: float, bits: float) -> float:
 
 
 def measured_speedups() -> dict[str, dict[int, float]]:
-    """Decoding speed with 4 bits over that with 16 by batch, on GPUs: the embedded model, and the 7B shape."""
+    """Decoding speed with 4 bits over that with 16 by batch, on GPUs: the embedded model, the 7B shape, products."""
     kernels = {
         "triton-int4": "7B shape, our kernel",
         "torch-int4": "7B shape, PyTorch's int4",
         "gptq-marlin": "7B shape, Marlin",
     }
     rates: dict[tuple[str, str, int], float] = {}  # of the embedded model, by device, artifact and batch
+    times: dict[tuple[str, str, int], float] = {}  # of a block's products, by device, artifact and tokens
     found: dict[str, dict[int, float]] = {}
     for r in committed():
         key, _, batch = r["key"].rpartition("-b")
@@ -145,12 +126,19 @@ def measured_speedups() -> dict[str, dict[int, float]]:
             continue  # the roofline is a GPU's
         if (r["lab"], r["notebook"], key) == ("quantization", "03-Inference", "throughput"):
             rates[r["device"], r["artifact"], int(batch)] = r["value"]
+        elif r["key"].startswith("block-time-t"):
+            times[r["device"], r["artifact"], int(r["key"].removeprefix("block-time-t"))] = r["value"]
         elif (r["lab"], key) == ("shape", "speedup") and r["artifact"] in kernels:
             name = f"{kernels[r['artifact']]} ({' '.join(r['device'].split()[:2])})"
             found.setdefault(name, {})[int(batch)] = r["value"]
     for (device, artifact, batch), rate in rates.items():
         if artifact == "gptq":
             found.setdefault(f"135M, {device}", {})[batch] = rate / rates[device, "original", batch]
+    for (device, artifact, tokens), time in times.items():
+        if artifact == "4 bits, our kernel":
+            found.setdefault(f"7B products, our kernel ({device})", {})[tokens] = (
+                times[device, "16 bits", tokens] / time
+            )
     return found
 
 
@@ -172,7 +160,7 @@ def roofline() -> Figure:
     left.legend(frameon=False, fontsize=8)
     batches = torch.logspace(0, 3.2, 200).tolist()
     right.plot(batches, [seconds(b, 16) / seconds(b, BITS) for b in batches], color=GREY, label="roofline, H100 SXM")
-    colors = cycle((ORANGE, BLUE, GREEN, "black", "purple"))
+    colors = cycle((ORANGE, BLUE, GREEN, "black", "purple", "deeppink"))
     for (name, gains), color in zip(sorted(measured_speedups().items()), colors, strict=False):
         right.plot(sorted(gains), [gains[b] for b in sorted(gains)], "o-", color=color, label=name)
     right.axhline(1, color="black", linestyle="--", linewidth=0.8)

@@ -164,7 +164,7 @@ def roofline() -> Figure:
     for (name, gains), color in zip(sorted(measured_speedups().items()), colors, strict=False):
         right.plot(sorted(gains), [gains[b] for b in sorted(gains)], "o-", color=color, label=name)
     right.axhline(1, color="black", linestyle="--", linewidth=0.8)
-    right.set(xscale="log", xlabel="sequences decoded together", ylabel="speed, 16 bits = 1", ylim=(0, 6.8))
+    right.set(xscale="log", xlabel="sequences decoded together", ylabel="speed, 16 bits = 1", ylim=(0, 8))
     right.set_title("What 4 bits gain: bound, and measured")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     return figure

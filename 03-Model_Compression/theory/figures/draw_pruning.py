@@ -25,13 +25,11 @@ NAMES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 
 def device_of(notebook: str, key: str) -> str:
-    """The device whose committed figures are drawn: a GPU where there is one, for its longer evaluation."""
-    devices = {
-        r["device"] for r in tables.committed() if (r["lab"], r["notebook"], r["key"]) == ("pruning", notebook, key)
-    }
-    if not devices:
+    """The device whose committed figures are drawn: a GPU where there is one, for its longer evaluation; the latest."""
+    found = [r for r in tables.committed() if (r["lab"], r["notebook"], r["key"]) == ("pruning", notebook, key)]
+    if not found:
         raise LookupError(f"No committed record of {key} from pruning notebook {notebook}: make record LAB=3.2.")
-    return min(devices, key=lambda device: ("NVIDIA" not in device, device))
+    return max(found, key=lambda r: ("NVIDIA" in r["device"], r["date"]))["device"]
 
 
 def records(notebook: str, key: str) -> tuple[str, dict[str, dict]]:

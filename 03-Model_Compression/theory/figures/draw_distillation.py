@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 VOCABULARY = 49_152  # the embedded model's
 TEACHER = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)  # the worked example of the document
 STUDENT = torch.tensor([2.0, 3.0, 0.0, 1.0], dtype=torch.float64)
+# Of students: the benchmark's name, the notebook's, and the color
+OBJECTIVES = (("CE + KD", "CE + KD", BLUE), ("KD", "KD only", GREEN), ("CE", "CE only", ORANGE))
 
 
 def zipf_logits(vocabulary: int = VOCABULARY, exponent: float = 1.5) -> Tensor:
@@ -132,22 +134,30 @@ def top_k() -> Figure:
 
 
 def what_it_bought() -> Figure:
-    """Committed figures of students from one start: each objective at its best, with the spread over data orders.
+    """Committed figures of students from one start, of the device and model of `benchmarks/students.py`.
 
-    Left: perplexity on test text; right: distance from the teacher. Dots with bars, on axes that do not start at zero.
+    Filled: each objective at its best rate, with the spread over data orders. Hollow: notebook 03's long runs, each at
+    its best checkpoint. Left: perplexity on test text; right: distance from the teacher. No axis starts at zero.
     """
-    kept = [r for r in tables.committed() if r["lab"] == "students" and r["key"] in ("best-perplexity", "best-kl")]
-    if not kept:
+    committed = tables.committed()
+    short = [r for r in committed if r["lab"] == "students" and r["key"] in ("best-perplexity", "best-kl")]
+    if not short:
         raise LookupError("No committed record of students at their best rate: python -m benchmarks.students --record.")
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 1.9), sharey=True)
-    for axis, key, label in zip(axes, ("best-perplexity", "best-kl"), ("perplexity", "KL, nats/token"), strict=True):
-        found = {r["artifact"]: r for r in kept if r["key"] == key}
-        for y, (name, color) in enumerate(zip(("CE + KD", "KD", "CE"), (BLUE, GREEN, ORANGE), strict=True)):
-            axis.errorbar(found[name]["value"], y, xerr=found[name]["spread"], fmt="o", color=color, capsize=3)
-        axis.set_yticks(range(3), ["CE + KD", "KD only", "CE only"])
+    device = short[0]["device"]
+    best = [r for r in committed if r["protocol"].get("checkpoint") == "best in validation" and r["device"] == device]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.2), sharey=True)
+    for axis, key, label in zip(axes, ("perplexity", "kl"), ("perplexity", "KL, nats/token"), strict=True):
+        mean = {r["artifact"]: r for r in short if r["key"] == f"best-{key}"}
+        long = {r["artifact"]: r["value"] for r in best if r["key"] == f"long-{key}"}
+        for y, (name, shown, color) in enumerate(OBJECTIVES):
+            style = {"fmt": "o", "color": color, "capsize": 3}
+            axis.errorbar(mean[name]["value"], y, xerr=mean[name]["spread"], **style)
+            axis.plot(long[shown], y, "o", color=color, markerfacecolor="none")
+        axis.set_yticks(range(len(OBJECTIVES)), [shown for _, shown, _ in OBJECTIVES])
         axis.set(xlabel=f"{label} (axis does not start at 0)", ylim=(-0.6, 2.6))
-    device, steps = kept[0]["device"], kept[0]["protocol"]["steps"]
-    figure.suptitle(f"Half the blocks, {steps} steps, one start; left is better ({device})", fontsize=10)
+    steps = short[0]["protocol"]["steps"], best[0]["protocol"]["steps"]
+    title = "Half the blocks, one start; filled: {} steps, hollow: best checkpoint of {}; left is better ({})"
+    figure.suptitle(title.format(*steps, device), fontsize=10)
     return figure
 
 

@@ -54,3 +54,10 @@ def product_2_4(packed: Tensor, columns: Tensor, algorithm: int = 0, transpose_r
 def fastest_2_4(packed: Tensor, columns: Tensor, transpose_result: bool = False) -> int:
     """The number of the algorithm with which cuSPARSELt computes `product_2_4` fastest; it tries them all."""
     return torch._cslt_sparse_mm_search(packed, columns, transpose_result=transpose_result)
+
+
+def add_to_catalogue(words: dict[str, str]) -> None:
+    """Give Sphinx translations that its catalogue of the language lacks."""
+    from sphinx.locale import get_translator
+
+    get_translator("sphinx")._catalog.update(words)

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sphinx.application import Sphinx
-from sphinx.locale import get_translator
 from sphinx.search import languages
 
+from common.course.private import add_to_catalogue
 from common.course.settings import ROOT
 from tools.book import citations, contents, english, links, measured, origins, sources, terms, widgets
 from tools.book.search import CharacterPairs
@@ -30,7 +30,7 @@ def _context(app: Sphinx, pagename: str, template: str, context: dict, doctree) 
 
 def _chinese(app: Sphinx) -> None:
     """What the theme says in English, for want of a catalogue."""
-    get_translator("sphinx")._catalog.update(WORDS)
+    add_to_catalogue(WORDS)
 
 
 def _forget(app: Sphinx, env, docname: str) -> None:

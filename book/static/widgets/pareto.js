@@ -10,7 +10,8 @@
   // Only what one protocol measured on one device may share a picture.
   const key = (p) => [p.device, p.source, p.protocol].join("｜");
   const groups = [...new Set(all.map(key))].map((k) => all.filter((p) => key(p) === k)).filter((g) => g.some((p) => p.bytes || p.speed));
-  groups.sort((a, b) => b.length - a.length);
+  const sized = (group) => group.filter((p) => p.bytes).length; // the page opens with what its first axis can show
+  groups.sort((a, b) => sized(b) - sized(a));
 
   const within = (value, least, most) => (least === "" || (value !== null && value >= Number(least))) && (most === "" || (value !== null && value <= Number(most)));
 

@@ -8,13 +8,12 @@ the original block does. One block is in memory at a time, so this reaches model
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from common.methods.beside import Beside
 from common.methods.blocks import walk
 from common.methods.capture import Block, BlockInputs
 from common.methods.gptaq import ALPHA, AsymmetricHessian, asymmetric_gptq
-from common.methods.qad import FakeQuantize
+from common.methods.qad import put_on_grid, settle_on_grid
 from common.methods.quantization import QuantizeConfig, QuantizedWeight, check_widths
 from common.methods.stages import Stage
 
@@ -36,15 +35,10 @@ def train_block(
     Returns the new codes and scales, which the block computes with from then on.
     """
     computing = next(iter(block.linears.values())).weight.dtype
+    block.module.requires_grad_(False)
     trained = []
     for name, weight in quantized.items():
-        linear, fake = block.linears[name], FakeQuantize(weight.to(device))
-        linear.weight = nn.Parameter(weight.to(device).dequantize())
-        parametrize.register_parametrization(linear, "weight", fake)
-        trained += [linear.parametrizations.weight.original, fake.log_gain]
-    others = [p for p in block.module.parameters() if all(p is not t for t in trained)]
-    for parameter in others:
-        parameter.requires_grad_(False)
+        trained += put_on_grid(block.linears[name], weight.to(device))
 
     optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -58,13 +52,9 @@ def train_block(
         optimizer.step()
         schedule.step()
 
-    found = {}
-    with torch.no_grad():
-        for name in quantized:
-            linear = block.linears[name]
-            found[name] = linear.parametrizations.weight[0].quantized(linear.parametrizations.weight.original)
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-            linear.weight = nn.Parameter(found[name].dequantize().to(computing), requires_grad=False)
+    found = {name: settle_on_grid(block.linears[name]) for name in quantized}
+    for name in found:
+        block.linears[name].weight.data = block.linears[name].weight.data.to(computing)
     return found
 
 

@@ -61,6 +61,23 @@ class FakeQuantize(nn.Module):
         return QuantizedWeight(codes, scale.half(), self.zero.to(torch.uint8), self.config)
 
 
+def put_on_grid(linear: nn.Module, weight: QuantizedWeight) -> list[nn.Parameter]:
+    """Let a linear layer compute with the grid point nearest to a shadow matrix; returns what is to be trained."""
+    fake = FakeQuantize(weight)
+    linear.weight = nn.Parameter(weight.dequantize())
+    parametrize.register_parametrization(linear, "weight", fake)
+    return [linear.parametrizations.weight.original, fake.log_gain]
+
+
+@torch.no_grad()
+def settle_on_grid(linear: nn.Module) -> QuantizedWeight:
+    """Make of it a plain linear layer again, whose frozen float32 weight is what the returned codes stand for."""
+    quantized = linear.parametrizations.weight[0].quantized(linear.parametrizations.weight.original)
+    parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    linear.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
+    return quantized
+
+
 def prepare_qad(model: nn.Module, quantized: dict[str, QuantizedWeight]) -> nn.Module:
     """Make the linear layers named in `quantized` (of `gptq_model` or `rtn_model`) trainable on their grid, in place.
 
@@ -73,9 +90,7 @@ def prepare_qad(model: nn.Module, quantized: dict[str, QuantizedWeight]) -> nn.M
             raise ValueError(f"{name} {tuple(weight.codes.shape)} is not a linear layer of this model's blocks.")
     model.float().requires_grad_(False)
     for name, weight in quantized.items():
-        weight = weight.to(linears[name].weight.device)
-        linears[name].weight = nn.Parameter(weight.dequantize())
-        parametrize.register_parametrization(linears[name], "weight", FakeQuantize(weight))
+        put_on_grid(linears[name], weight.to(linears[name].weight.device))
     return model
 
 
@@ -85,13 +100,8 @@ def finish_qad(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 
     Scales are rounded to the float16 of a GPTQ file first, so that the model measured is the one that is saved.
     """
-    quantized = {}
-    for name, linear in iter_linears(model):
-        if parametrize.is_parametrized(linear, "weight"):
-            fake, shadow = linear.parametrizations.weight[0], linear.parametrizations.weight.original
-            quantized[name] = fake.quantized(shadow)
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-            linear.weight.data.copy_(quantized[name].dequantize())
+    trained = [(n, linear) for n, linear in iter_linears(model) if parametrize.is_parametrized(linear, "weight")]
+    quantized = {name: settle_on_grid(linear) for name, linear in trained}
     for parameter in model.parameters():  # not `model.to`: it would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)

@@ -4,19 +4,12 @@ import copy
 
 import pytest
 import torch
-from inputs import correlated_inputs
+from inputs import layer
 
 from common.methods.blocks import iter_linears
 from common.methods.codebook import POINTS, WIDTH, vector_gptq, vector_gptq_model, weighted_kmeans
-from common.methods.compensation import Hessian, output_error
+from common.methods.compensation import output_error
 from common.methods.quantization import QuantizeConfig, gptq
-
-
-def layer(rows=96, features=64, seed=0):
-    weight = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
-    statistic = Hessian(features, weight)
-    statistic.add(correlated_inputs(features, 8 * features, seed))
-    return weight, statistic.matrix
 
 
 def test_kmeans_finds_the_clusters():
@@ -49,7 +42,7 @@ def test_every_kmeans_step_lowers_the_error():
 
 
 def test_more_books_come_nearer_and_the_error_is_compensated():
-    weight, hessian = layer()
+    weight, hessian = layer(96, 64)
     errors = [output_error(weight, vector_gptq(weight, hessian, books).dequantize(), hessian) for books in (1, 2, 3)]
     assert errors == sorted(errors, reverse=True)
     alone = vector_gptq(weight, hessian.diagonal().diag(), 2).dequantize()  # nothing to compensate with

@@ -4,17 +4,10 @@ import copy
 
 import pytest
 import torch
-from inputs import correlated_inputs
+from inputs import layer
 
-from common.methods.compensation import Hessian, output_error
+from common.methods.compensation import output_error
 from common.methods.number_formats import FORMATS, FP8, MXFP4, NVFP4, gptq_on, gptq_on_model, round_inputs, rtn_on_model
-
-
-def layer(rows=24, features=160, seed=0):
-    weight = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
-    statistic = Hessian(features, weight)
-    statistic.add(correlated_inputs(features, 4 * features, seed))
-    return weight, statistic.matrix
 
 
 def test_grids():
@@ -41,7 +34,7 @@ def test_e2m1_takes_the_nearest_and_of_two_the_even_one():
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_rounding_twice_changes_nothing_and_the_scale_is_what_the_format_can_store(form):
-    weight, _ = layer()
+    weight, _ = layer(24, 160)
     weight[3, :32] = 0
     rounded = form.round(weight)
     assert rounded.isfinite().all() and (rounded[3, :32] == 0).all()
@@ -60,14 +53,14 @@ def test_bits():
 
 
 def test_smaller_blocks_and_finer_scales_err_less():
-    weight, _ = layer()
+    weight, _ = layer(24, 160)
     errors = [(form.round(weight) - weight).norm() for form in (FP8, NVFP4, MXFP4)]
     assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_gptq_stays_on_the_grid_and_beats_rtn_at_the_output(form):
-    weight, hessian = layer()
+    weight, hessian = layer(24, 160)
     found = gptq_on(weight, hessian, form)
     scale = form.scale(weight).repeat_interleave(weight.shape[1] // form.scale(weight).shape[1], dim=1)
     torch.testing.assert_close(form.nearest(found / scale) * scale, found)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from inputs import correlated_inputs
+from inputs import correlated_inputs, layer
 from torch import nn
 
 from common.methods import compensation, quantization
@@ -19,14 +19,6 @@ from common.methods.compensation import Hessian, output_error
 from common.methods.quantization import QuantizeConfig, find_grid, gptq, gptq_model, gptq_once, rtn, rtn_model
 
 PLAIN = QuantizeConfig(bits=4, group_size=16, sym=False, desc_act=False, mse=False)
-
-
-def layer(rows: int, features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random weight matrix and the Hessian of correlated inputs."""
-    weight = torch.randn(rows, features, generator=torch.Generator().manual_seed(100 + seed))
-    statistic = Hessian(features, weight)
-    statistic.add(correlated_inputs(features, 4 * features, seed))
-    return weight, statistic.matrix
 
 
 # --- GPTQ against brute force --------------------------------------------------------------------------------------

@@ -20,16 +20,18 @@ TOLERANCES = {
     "bytes": (0.001, 0),  # the header of a file
     "bytes/token": (0, 0),
     "bits": (0.01, 0),  # group sizes and headers are what they are; sparse patterns may differ in a few weights
+    "ratio": (0.05, 0),
     "ppl": (0.05, 0),  # in bfloat16, GPTQ's choice of 4-bit codes and ten training steps follow the rounding of sums
     "nats/token": (0.10, 0.01),
     "share": (0, 0.03),
     "relative": (0.10, 0),
+    "steps": (0.5, 0),  # the best of a flat learning curve: a validation or two earlier or later is the same student
 }
 ON_THE_SAME_DEVICE = {
     "MB": (0.10, 0),
     "GiB": (0.25, 0),  # of the whole process: the allocator's and the libraries' part varies
 }
-SPEEDS = {"s", "ms", "µs", "tokens/s", "requests/s", "users", "×", "× dense"}
+SPEEDS = {"s", "ms", "µs", "tokens/s", "requests/s", "users", "×", "× dense", "%"}  # %: of a time
 SPEED_KEYS = {"service-overhead", "notebook-seconds"}  # the first is a share of time; the second is held to SLOWER
 SLOWER = 2.0  # a notebook that takes more than so many times as long, on the same device
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from common.course.private import (
+    add_to_catalogue,
     attention_of,
     compress_2_4,
     fastest_2_4,
@@ -65,6 +66,7 @@ def course() -> Iterator[tuple[Path, str]]:
 def test_private_names_stand_in_one_module():
     assert not [f"{file.name}: {name}" for file, code in course() if file != HOME for name in privates(code)]
     assert set(privates(HOME.read_text(encoding="utf-8"))) == {
+        "get_translator('sphinx')._catalog",
         "config._attn_implementation",
         "torch._convert_weight_to_int4pack",
         "torch._cslt_compress",
@@ -125,6 +127,14 @@ def test_a_configuration_decides_how_its_model_computes_attention(config):
     with torch.no_grad():
         LlamaForCausalLM(config)(input_ids=torch.tensor([[1, 2]]))
     assert len(called) == 1
+
+
+def test_sphinx_says_what_it_was_given():
+    locale = pytest.importorskip("sphinx.locale", reason="of the book's packages: requirements-book.txt")
+    locale.init([str(Path(locale.__file__).parent)], "zh_TW")
+    assert locale.get_translator("sphinx").gettext("Not a word of Sphinx") == "Not a word of Sphinx"
+    add_to_catalogue({"Not a word of Sphinx": "不是 Sphinx 的話"})
+    assert locale.get_translator("sphinx").gettext("Not a word of Sphinx") == "不是 Sphinx 的話"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

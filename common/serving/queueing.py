@@ -12,6 +12,7 @@ from common.serving.schemas import ApiError
 
 HALF_LIFE = 60.0  # seconds after which half of what a client has had is forgotten
 REMEMBERED = 4096  # clients
+ABANDONED = 4.0  # how many times the slot-seconds of an answer count whose reader left: nobody had anything of them
 
 
 class RecentUse:
@@ -42,7 +43,8 @@ class _Waiting:
 class Gate:
     """At most `slots` requests inside and `queue` waiting; the next place goes to the client that had the least.
 
-    Who asks more often, or for longer answers, thereby gets no larger share, and a client alone is served in order.
+    Who asks more often, or for longer answers, thereby gets no larger share, and who leaves before the end a smaller
+    one. A client alone is served in order.
     Nor can it fill the queue: a client that had less takes the place of its last request there, which is refused.
     (Weighted fair queueing, Demers et al., SIGCOMM 1989, with slot-seconds for bytes.)
     """
@@ -59,13 +61,16 @@ class Gate:
         """Wait for a slot until `deadline` (event loop time). Raises ApiError 429 when the queue has no place."""
         await self._wait(client, deadline)
         self._metrics.running.inc()
-        start = monotonic()
+        start, weight = monotonic(), 1.0
         try:
             yield
+        except (asyncio.CancelledError, GeneratorExit):
+            weight = ABANDONED
+            raise
         finally:
             self._metrics.running.dec()
             end = monotonic()
-            self._usage.add(client, end - start, end)
+            self._usage.add(client, weight * (end - start), end)
             self._leave(client)
 
     async def _wait(self, client: str, deadline: float) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.serving.metrics import Metrics
-from common.serving.queueing import HALF_LIFE, REMEMBERED, Gate, RecentUse, client_of
+from common.serving.queueing import ABANDONED, HALF_LIFE, REMEMBERED, Gate, RecentUse, client_of
 from common.serving.schemas import ApiError
 
 LATER = 1000.0
@@ -65,6 +65,25 @@ def test_one_place_is_shared_by_time_not_by_the_number_of_requests(monkeypatch):
 
     asyncio.run(scene())
     assert had["greedy"] < 1.2 * min(had["b"], had["c"]), had
+
+
+def test_an_answer_that_its_reader_left_counts_several_times(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("common.serving.queueing.monotonic", lambda: now)
+
+    async def scene():
+        nonlocal now
+        gate = Gate(2, 2, Metrics())
+        leaves, stays = (asyncio.create_task(ask(gate, client, 0.001)) for client in ("leaves", "stays"))
+        await asyncio.sleep(0)
+        now = 3.0
+        leaves.cancel()
+        await asyncio.gather(leaves, stays, return_exceptions=True)
+        return gate._usage
+
+    usage = asyncio.run(scene())
+    assert usage.of("stays", now) == pytest.approx(3.0)
+    assert usage.of("leaves", now) == pytest.approx(3.0 * ABANDONED)
 
 
 def test_a_full_queue_makes_place_for_who_had_less():

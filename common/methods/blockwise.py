@@ -15,6 +15,7 @@ from common.methods.capture import Block, BlockInputs
 from common.methods.gptaq import ALPHA, AsymmetricHessian, asymmetric_gptq
 from common.methods.qad import put_on_grid, settle_on_grid
 from common.methods.quantization import QuantizeConfig, QuantizedWeight, check_widths
+from common.methods.requirements import require_needs
 from common.methods.stages import Stage
 
 
@@ -73,6 +74,7 @@ def blockwise_model(
 
     windows: calibration tokens [nsamples, seqlen]; batch_size of them make a step. alpha: as in `gptaq_model`.
     """
+    require_needs(model, "training on the grid")
     check_widths(model, config)
     home, quantized = model.device, {}
 

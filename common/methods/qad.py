@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from common.methods.blocks import iter_linears
 from common.methods.quantization import QuantizedWeight
+from common.methods.requirements import require_needs
 
 # How much faster the logarithm of a scale moves than a weight: it is of order 1, a weight about a tenth of that.
 GAIN_SPEED = 10
@@ -82,8 +83,10 @@ def prepare_qad(model: nn.Module, quantized: dict[str, QuantizedWeight]) -> nn.M
     """Make the linear layers named in `quantized` (of `gptq_model` or `rtn_model`) trainable on their grid, in place.
 
     The model computes in float32 what it did with those codes. All other parameters are frozen: what a GPTQ file
-    stores in 16 bits stays the original's. Raises ValueError where a name or a shape is not the model's.
+    stores in 16 bits stays the original's. Raises ValueError where a name or a shape is not the model's, and for fused
+    experts.
     """
+    require_needs(model, "training on the grid")
     linears = dict(iter_linears(model))
     for name, weight in quantized.items():
         if name not in linears or linears[name].weight.shape != weight.codes.shape:

@@ -64,6 +64,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "calibration": EVERY_CHANGE,  # GPTQ, AWQ, Wanda, SparseGPT: `walk`
     "calibration by several processes": (layers_of_their_own, *EVERY_CHANGE),  # experts' tokens differ
     "rounded activations": (layers_of_their_own, *EVERY_CHANGE),  # W8A8
+    "training on the grid": (layers_of_their_own, *EVERY_CHANGE),  # a parametrization belongs to a layer
     "layer files": (layers_of_their_own,),  # formats that store one layer under one name
 }
 

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from families import build
 
 from common.methods.blocks import iter_linears
 from common.methods.distillation import kd_loss
 from common.methods.qad import GAIN_SPEED, FakeQuantize, finish_qad, on_grid, prepare_qad
-from common.methods.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn
+from common.methods.quantization import QuantizeConfig, QuantizedWeight, gptq_model, rtn, rtn_model
 from common.methods.training import DistillationTrainer, Objective, WindowDataset, training_arguments
 
 CONFIG = QuantizeConfig(bits=3, group_size=16)
@@ -116,6 +117,13 @@ def test_refuses_what_is_not_the_models(llama):
     weight = rtn(torch.randn(4, 32), CONFIG)
     with pytest.raises(ValueError, match="not a linear layer"):
         prepare_qad(llama, {"model.layers.0.self_attn.q_proj": weight})
+
+
+def test_fused_experts_are_refused_before_anything_changes():
+    model = build("mixtral")
+    with pytest.raises(ValueError, match=r"training on the grid.*experts\.0\.gate_up_proj is no nn.Linear"):
+        prepare_qad(model, rtn_model(copy.deepcopy(model), QuantizeConfig(bits=4, group_size=8)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_rotary_frequencies_keep_their_precision(quantized):

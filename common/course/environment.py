@@ -85,7 +85,8 @@ def prepare(
 
 def _show_settings(settings: Settings) -> None:
     """The rows of `profiles.toml` that the notebook names, folded; as text where HTML is not shown."""
-    used = {name: value for name, value in settings.values().items() if name in _names_used(settings)}
+    named = _names_used(settings)
+    used = {name: value for name, value in settings.values().items() if name in named}
     text = "\n".join(f"{name:17} {value!s:38} {settings.documentation[name]}" for name, value in used.items())
     folded = f"<details><summary>settings of this notebook</summary><pre>{html.escape(text)}</pre></details>"
     display({"text/plain": text, "text/html": folded}, raw=True)

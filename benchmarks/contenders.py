@@ -5,8 +5,6 @@ not timed, calibration is), and returns a model to evaluate with the bytes of it
 the settings that their documentation recommends for quality, at the bit width and grid of the row.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from common.course.environment import peak_memory
 from common.formats.gptq import load_dequantized, save_gptq
 from common.formats.sparse import packed_bytes
 from common.methods.awq import awq_model
@@ -64,8 +63,8 @@ class Clock:
         self.seconds += time.perf_counter() - self._start
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
-        else:  # Linux counts in KiB, macOS in bytes
-            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            self.peak = peak_memory()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -64,7 +64,8 @@ def save(
 
     It is written aside and renamed when complete: an interruption leaves the previous artifact or none, never half,
     and what fails leaves nothing.
-    Raises OSError before writing when the disk has less than `expected_bytes` free.
+    Raises OSError before writing when the disk has less than `expected_bytes` free, ValueError where `write` leaves no
+    weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
@@ -76,6 +77,8 @@ def save(
     with whole_folder(folder) as new:
         write(new)
         files = _weight_files(new)
+        if not files:
+            raise ValueError(f"Saving {folder.name} wrote no .safetensors file: a model's weights belong in one.")
         description = {
             "method": method,
             "settings": settings,

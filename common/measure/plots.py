@@ -6,6 +6,7 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
@@ -66,6 +67,25 @@ def colors(labels: Iterable[str], others: tuple[str, ...] = PALETTE) -> list[str
     return [color or next(free) for color in methods]
 
 
+def _from_zero(axis: Axes) -> None:
+    """Begin the y axis at zero, with a share of the whole above: dots that hardly differ would lie on the edge."""
+    axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
+
+
+def _plain_logarithmic(axis: Axes) -> None:
+    """A logarithmic x axis with numbers at 1, 2 and 5 of every decade."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def three_digits(value: float) -> str:
+    """A number with three significant digits, large ones in full: 1.90, 0.00351, 252,000."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:#.3g}"
+
+
 def weight_grid(weights: Tensor, levels: dict[str, Tensor]) -> Figure:
     """Histogram of one group's weights with the values that each grid can represent drawn below it."""
     figure, axes = plt.subplots(len(levels), 1, figsize=(7, 1.7 * len(levels)), sharex=True, squeeze=False)
@@ -90,15 +110,16 @@ def errors_by_column(errors: dict[str, Tensor], title: str) -> Figure:
 
 
 def matrices(images: dict[str, Tensor], title: str) -> Figure:
-    """Matrices side by side on one color scale."""
-    limit = max(image.abs().max().item() for image in images.values())
+    """Matrices side by side on one color scale, which ends where one entry in 200 is beyond: else outliers set it."""
+    sizes = np.concatenate([image.abs().flatten().numpy() for image in images.values()])
+    limit = np.percentile(sizes, 99.5) or sizes.max()
     figure, axes = plt.subplots(1, len(images), figsize=(3.4 * len(images), 3), squeeze=False)
     for axis, (name, image) in zip(axes[0], images.items(), strict=True):
         shown = axis.imshow(image.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_title(name)
         axis.grid(False)
     axes[0, 0].set(xlabel="input", ylabel="output")
-    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.8)
+    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.8, extend="both" if sizes.max() > limit else "neither")
     figure.suptitle(title)
     return figure
 
@@ -123,14 +144,16 @@ def bars(values: dict[str, float], xlabel: str, title: str, reference: float | N
     """Horizontal bars from zero with their values, and a reference as a line; dots where the axis is logarithmic."""
     figure, axis = plt.subplots(figsize=(7, 0.34 * len(values) + 1.1))
     found = list(values.values())
-    logarithmic = max(found) > 100 * min(found)  # one method has failed: keep the others readable
+    logarithmic = max(found) > 100 * min(found) > 0  # one method has failed: keep the others readable
     if logarithmic:
         axis.scatter(found, list(values), color=colors(values, (SLATE,)))
         axis.set_xscale("log")
     else:
         axis.barh(list(values), found, color=colors(values, (SLATE,)))
     for position, value in enumerate(found):
-        axis.annotate(f"{value:,.2f}", (value, position), (8, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(
+            three_digits(value), (value, position), (8, 0), textcoords="offset points", va="center", fontsize=9
+        )
     if reference is not None:
         axis.axvline(reference, color=GREY, linestyle="--")
     axis.invert_yaxis()
@@ -152,10 +175,7 @@ def dots(
     for name, limit in (limits or {}).items():
         axis.axvline(limit, color=GREY, linestyle="--")
         axis.annotate(name, (limit, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    _plain_logarithmic(axis)
     axis.set_yticks(range(len(values)), list(values))
     axis.invert_yaxis()
     axis.set_xlabel(xlabel)
@@ -178,8 +198,7 @@ def ratios(found: dict[str, Estimate], title: str, of: str = "the original's") -
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     if max(ratio.high for ratio in found.values()) > 4:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
+        _plain_logarithmic(axis)
     axis.set(xlabel=f"perplexity, multiple of {of} (95 % interval)", title=title)
     return figure
 
@@ -222,7 +241,7 @@ def turns(panels: dict[str, dict[str, list[float]]], title: str) -> Figure:
         for (name, values), color in zip(seconds.items(), colors(seconds), strict=True):
             axis.plot(range(1, len(values) + 1), 1e3 * np.array(values), "o", color=color, label=name, alpha=0.8)
         axis.set(title=quantity, xlabel="round", ylabel="ms")
-        axis.set_ylim(bottom=0)
+        _from_zero(axis)
     axes[0, 0].legend(frameon=False)
     figure.suptitle(title)
     return figure
@@ -237,7 +256,7 @@ def lines(
         axis.plot(list(series), list(series.values()), "o-", color=color, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
     if yscale == "linear":
-        axis.set_ylim(bottom=0)
+        _from_zero(axis)
     axis.legend(frameon=False)
     return figure
 

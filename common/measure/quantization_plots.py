@@ -83,14 +83,14 @@ def hessian(matrix: Tensor, columns: int, title: str) -> Figure:
 
 
 def frames(images: dict[str, Tensor], title: str, xlabel: str = "input", ylabel: str = "output") -> Figure:
-    """Matrices of sizes (not signs) as frames on one color scale, whose top is the 99th percentile of all of them."""
+    """Matrices of sizes (not signs), one below the other, on one color scale that ends at the 99th percentile."""
     top = np.quantile(np.concatenate([image.flatten().numpy() for image in images.values()]), 0.99)
-    figure, axes = plt.subplots(1, len(images), figsize=(2.6 * len(images) + 0.6, 2.9), sharey=True, squeeze=False)
-    for axis, (name, image) in zip(axes[0], images.items(), strict=True):
+    figure, axes = plt.subplots(len(images), 1, figsize=(8, 1.4 * len(images) + 0.8), sharex=True, squeeze=False)
+    for axis, (name, image) in zip(axes[:, 0], images.items(), strict=True):
         shown = axis.imshow(image.numpy(), cmap="magma", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-        axis.set(title=name, xlabel=xlabel)
+        axis.set(title=name, ylabel=ylabel)
         axis.grid(False)
-    axes[0, 0].set_ylabel(ylabel)
-    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.85)
+    axes[-1, 0].set_xlabel(xlabel)
+    figure.colorbar(shown, ax=axes[:, 0].tolist(), shrink=0.85, extend="max")
     figure.suptitle(title)
     return figure

@@ -36,8 +36,8 @@ class QuantizeConfig:
     damp_percent: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
     def __post_init__(self):
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}.")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}.")
         if self.group_size < 1 and self.group_size != -1:
             raise ValueError(f"group_size must be a positive number of inputs, or -1 for a row, got {self.group_size}.")
         if not 0 < self.damp_percent < 1:

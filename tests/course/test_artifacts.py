@@ -70,6 +70,12 @@ def test_saving_again_replaces_everything(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["gptq-w4"]
 
 
+def test_a_folder_without_weights_is_no_model(folder):
+    with pytest.raises(ValueError, match=r"gptq-w4 wrote no \.safetensors file"):
+        artifacts.save(folder, lambda path: (path / "config.json").write_text("{}"), **DESCRIBED)
+    assert list(folder.parent.iterdir()) == []
+
+
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ The figures on all 48 windows are those that were recorded (`test_claims.py`). A
 in float32, four times slower, so these tests see 8 windows, or less.
 """
 
+import os
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from common.course.text import calibration_windows, load_corpus
 from common.course.text import evaluation_windows as first_test_windows  # pytest would take the name for a test
 from common.formats.gptq import load_dequantized, save_gptq
 from common.measure.evaluation import Baseline, compare, evaluate
+from common.methods.allocation import block_of
 from common.methods.blocks import collect, iter_linears
 from common.methods.compensation import Hessian, output_error
 from common.methods.pruning import METHODS, PruneConfig, model_sparsity, prune, prune_once, sparsegpt
@@ -28,7 +30,8 @@ CONFIG = QuantizeConfig(bits=4, group_size=64, sym=False, desc_act=True, mse=Tru
 
 @pytest.fixture(scope="module")
 def settings():
-    torch.set_num_threads(2)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # two workers with two threads each would wait for one another
+        torch.set_num_threads(2)
     yield prepare("quantization", "", "cpu")
     torch.set_num_threads(1)  # as everywhere else
 
@@ -184,9 +187,11 @@ def test_sparsegpt_beats_wanda_beats_magnitude(settings, hessians, tests, sparsi
     assert perplexity["sparsegpt"] < perplexity["wanda"] < perplexity["magnitude"] / 3
 
 
-def test_compensation_lowers_the_error_of_wandas_mask_on_every_layer(settings, hessians):
+def test_compensation_lowers_the_error_of_wandas_mask_on_every_layer_of_five_blocks(settings, hessians):
     config = PruneConfig("wanda")
     for name, linear in iter_linears(load_model("embedded", settings.dtype)):
+        if block_of(name) not in (0, 7, 15, 22, 29):  # both ends and between; the rest would take a minute more
+            continue
         weight, hessian = linear.weight.detach().float(), hessians[name].matrix
         removed, keep = prune(weight, hessians[name], config)
         updated, _ = sparsegpt(weight, hessian, choose=lambda _, columns, keep=keep: keep[:, columns])

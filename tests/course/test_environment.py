@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from common.course import environment
-from common.course.settings import load_settings
+from common.course.environment import peak_memory
+from common.course.settings import ROOT, load_settings
 
 
 def test_prepare_prints_every_value_with_its_meaning(capsys):
@@ -105,3 +107,10 @@ def test_the_first_cell_of_a_notebook_prints_nothing_to_stderr():
     noise = ("Failed to load", "Enum subclass")
     assert not any(words in said["import common.course\n"] for words in noise)
     assert any(words in said[""] for words in noise), "torchao is quiet by itself now: this can go"
+
+
+def test_peak_memory_is_the_process_own_and_not_that_of_the_program_that_started_it():
+    held = np.ones(2**28)  # 2 GiB here; what starts now inherits them in its `ru_maxrss`
+    code = "from common.course.environment import peak_memory; print(peak_memory())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2**26 < int(said.stdout) < held.nbytes < peak_memory()

@@ -97,6 +97,13 @@ def test_sizes_that_cannot_be_packed():
         pack_rows(torch.zeros(48, 3, dtype=torch.uint8), 4)
 
 
+def test_bits_that_no_reader_knows_are_quantized_but_not_stored():
+    weight = rtn(torch.randn(32, 32), QuantizeConfig(bits=5, group_size=32))
+    assert weight.codes.max() > 15
+    with pytest.raises(ValueError, match="holds 2, 3, 4 or 8 bits, got 5"):
+        pack_linear(weight)
+
+
 # --- one layer -----------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,33 @@ def test_bars_begin_at_zero_and_become_dots_on_a_logarithmic_axis():
     assert far.get_xscale() == "log" and not far.patches
 
 
+def test_bars_name_three_significant_digits():
+    assert [plots.three_digits(v) for v in (251_840.18, 1.9, 0.0035, 999.6, 0)] == [
+        *("252,000", "1.90", "0.00350", "1,000", "0.00")
+    ]
+    figure = plots.bars({"RTN": 0.0035, "GPTQ": 0.0191}, "KL", "")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.00350", "0.0191"]
+
+
+def test_dots_that_hardly_differ_lie_below_the_top_of_an_axis_from_zero():
+    rounds = {"dense": [0.00358, 0.00359], "sparse": [0.003585, 0.00359]}
+    bottom, top = plots.turns({"TTFT": rounds}, "").axes[0].get_ylim()
+    assert bottom == 0 and top > 1.05 * 3.59
+
+
+def test_an_outlier_does_not_make_the_rest_of_a_matrix_white():
+    image = torch.ones(32, 32)
+    image[3, 4] = 1000
+    assert plots.matrices({"error": image}, "").axes[0].images[0].get_clim() == (-1, 1)
+    assert plots.matrices({"two entries": torch.eye(2)}, "").axes[0].images[0].get_clim()[1] > 0.9
+
+
+def test_a_logarithmic_axis_of_ratios_has_numbers_within_a_decade():
+    axis = plots.ratios({"2:4": Estimate(7, 0.1, 6.8, 7.2), "row": Estimate(2.4, 0.1, 2.3, 2.5)}, "").axes[0]
+    axis.figure.canvas.draw()
+    assert {"1", "2", "5"} <= {tick.get_text() for tick in axis.get_xticklabels()}
+
+
 def test_dots_show_every_series_of_every_row_and_the_limits():
     axis = plots.dots({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0}}, "GB", "", {"8 GB": 8}).axes[0]
     drawn = {line.get_label(): line.get_xdata() for line in axis.lines}

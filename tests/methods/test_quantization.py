@@ -364,7 +364,8 @@ def test_gptq_model_beats_rtn_model(make_llama, windows):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"bits": 5}, "bits must be 2, 3, 4 or 8.*5"),
+        ({"bits": 1}, "bits must be 2 to 8.*1"),
+        ({"bits": 9}, "bits must be 2 to 8.*9"),
         ({"damp_percent": 0}, "damp_percent.*between 0 and 1"),
         ({"damp_percent": 1.0}, "damp_percent.*between 0 and 1"),
         ({"group_size": 0}, "group_size must be a positive"),

@@ -183,7 +183,7 @@ def test_messages(write, wrong):
     code = document_code.literals()
     for right in (
         "`There is no saved model 'gptq'. Run notebook Lab-3.1-Quantization/02-Quantize first.`",
-        "`bits must be 2, 3, 4 or 8, got ….`",
+        "`bits must be 2 to 8, got ….`",
         "`CUDA error 7`（PyTorch 的訊息）",
         "比較慢",
     ):

@@ -189,7 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
     try:
-        profile, notebooks = choose_profile(options.profile, options.model), find_notebooks(options.lab, options.notebook)
+        profile, notebooks = (
+            choose_profile(options.profile, options.model),
+            find_notebooks(options.lab, options.notebook),
+        )
         if options.model in SPECS:
             embedded_folder(options.model)  # its first use takes half a minute and says so: here, where it is seen
     except (OSError, RuntimeError) as error:  # each says what to do

@@ -91,7 +91,8 @@ def choose_profile(profile: str, model: str) -> str:
     chosen = resolve_profile(profile)
     if profile == "auto" and chosen == "gpu" and (size := model_bytes(model)) > card_memory() / 4:
         chosen = LARGE
-        print(f"profile {chosen}: in 16 bits this model is {size / GIB:.1f} GiB, the card has {card_memory() / GIB:.0f}")
+        card = card_memory() / GIB
+        print(f"profile {chosen}: in 16 bits this model is {size / GIB:.1f} GiB, the card has {card:.0f}")
     return chosen
 
 
@@ -193,9 +194,7 @@ def _gpu_checks(settings: Settings) -> list[Check]:
     capability = f"{properties.major}.{properties.minor}"
     return [
         Check("GPU", True, f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"),
-        Check(
-            "GPU memory", memory > 14, f"{memory:.1f} GiB", "16 GB is what the profiles gpu and gpu16 are made for.", required=False
-        ),
+        Check("GPU memory", memory > 14, f"{memory:.1f} GiB", "The profiles are made for 16 GB.", required=False),
         Check("CUDA", True, f"driver {driver_version()}, PyTorch built for CUDA {torch.version.cuda}"),
         Check("bfloat16", properties.major >= 8, capability, "Before Ampere (8.0), bfloat16 is slow.", required=False),
     ]

@@ -86,7 +86,7 @@ def resolve_profile(profile: str) -> str:
         raise ValueError(f"Unknown profile {profile!r}; choose auto, {', '.join(PROFILES)}.")
     if profile in ("gpu", LARGE) and not torch.cuda.is_available():
         raise RuntimeError(
-            f"Profile {profile!r} needs an NVIDIA GPU and PyTorch sees none. Use PROFILE = \"cpu\", or check that "
+            f'Profile {profile!r} needs an NVIDIA GPU and PyTorch sees none. Use PROFILE = "cpu", or check that '
             "nvidia-smi works and that torch.version.cuda is not None."
         )
     return profile

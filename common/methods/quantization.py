@@ -176,14 +176,20 @@ def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
 
 
 @torch.no_grad()
-def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
-    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
+def rtn_model(
+    model: nn.Module, config: QuantizeConfig, *, device: str | torch.device | None = None
+) -> dict[str, QuantizedWeight]:
+    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
+
+    device: where a layer is worked on (default: where it is); results stay where the weights live.
+    """
     require_needs(model, "weights")
     check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):
-        quantized[name] = rtn(linear.weight, config)
-        linear.weight.copy_(quantized[name].dequantize())
+        result = rtn(linear.weight.to(device or linear.weight.device), config)
+        linear.weight.copy_(result.dequantize())
+        quantized[name] = result.to(linear.weight.device)
     return quantized
 
 

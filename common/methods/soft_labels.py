@@ -73,8 +73,7 @@ def fingerprint(teacher: nn.Module, tokenizer, windows: Tensor) -> dict[str, str
     """Hashes of what soft labels depend on: the teacher's weights, the tokenizer's vocabulary, the windows."""
     weights = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        weights.update(repr((name, tuple(tensor.shape), *checksums(tensor))).encode())
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     return {
         "teacher": weights.hexdigest()[:16],
@@ -83,12 +82,31 @@ def fingerprint(teacher: nn.Module, tokenizer, windows: Tensor) -> dict[str, str
     }
 
 
+def checksums(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over a tensor's bits, where it lies: of all numbers, and of all weighed by their place.
+
+    Hashing 13 GB on a CPU would take longer than reading them. The second knows a permutation; it is taken by rows, so
+    that no copy of the tensor is needed.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    rows = tensor.detach().contiguous().view(integers).reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    by_row, by_column = (rows.sum(dim, dtype=torch.int64) for dim in (1, 0))
+    places = (torch.arange(1, len(sums) + 1, device=sums.device) * 7919 % 104729 for sums in (by_row, by_column))
+    weighed = (by_row * next(places)).sum() + (by_column * next(places)).sum()
+    return by_row.sum().item(), weighed.item()
+
+
 def top_k_and_tail(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """ids [..., k] and log-probabilities [..., k + 1] of the k likeliest tokens and of all others together."""
     logits = logits.float() / temperature
     values, ids = logits.topk(k, dim=-1)
     other = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return ids, torch.cat((values, other), dim=-1).log_softmax(-1)
+
+
+def to_store(ids: Tensor, log_probs: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both on the CPU in the types that `SoftLabels` holds, for any vocabulary."""
+    return ids.int().cpu().numpy(), log_probs.half().cpu().numpy()
 
 
 def _open(folder: Path, shape: tuple[int, int], vocabulary: int, k: int, mode: str):
@@ -140,8 +158,7 @@ def make_soft_labels(
         stop = start + len(batch)
         logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1, :vocabulary]
         for row, one in enumerate(logits, start=start):
-            top_ids, top_log_probs = top_k_and_tail(one, k, temperature)
-            ids[row], log_probs[row] = top_ids.cpu().numpy(), top_log_probs.cpu().numpy()
+            ids[row], log_probs[row] = to_store(*top_k_and_tail(one, k, temperature))
         ids.flush()
         log_probs.flush()
         _write(folder, state | {"done": stop})  # after the data: what is marked done is on disk

@@ -153,7 +153,8 @@ class DistillationTrainer(Trainer):
             hidden, relations = out.last_hidden_state, last_relations(model, out.hidden_states[-2])
         else:
             if model not in self.bodies:
-                self.bodies[model] = graphed_body(model, ids)
+                recomputed = model.training and self.args.gradient_checkpointing  # which no graph can hold
+                self.bodies[model] = Body(model) if recomputed else graphed_body(model, ids)
             hidden, relations = self.bodies[model](ids), None
         return hidden[:, :-1].flatten(0, 1), relations
 
@@ -189,8 +190,14 @@ def training_arguments(
     on_cpu: bool,
     checkpoints: int = 0,
     weight_decay: float = 0.1,
+    optimizer: str = "adamw_torch_fused",
+    gradient_checkpointing: bool = False,
 ) -> TrainingArguments:
-    """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
+    """AdamW with warm-up over a tenth of the steps and cosine decay to zero.
+
+    optimizer: transformers' name of another one, such as "adamw_8bit" (bitsandbytes). gradient_checkpointing: compute
+    activations again in the backward pass instead of keeping them.
+    """
     return OneCard(
         output_dir=str(folder),
         run_name=name,
@@ -202,7 +209,9 @@ def training_arguments(
         weight_decay=weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        optim="adamw_torch_fused",
+        optim=optimizer,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
         seed=seed,
         use_cpu=on_cpu,
         eval_strategy="steps" if evaluations else "no",

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from common.course import settings
-from common.course.settings import LARGE, PROFILES, labs, load_settings, resolve_profile, seed_everything, slug, work_folder
+from common.course.settings import (
+    LARGE,
+    PROFILES,
+    labs,
+    load_settings,
+    resolve_profile,
+    seed_everything,
+    slug,
+    work_folder,
+)
 
 
 @pytest.fixture

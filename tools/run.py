@@ -186,6 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.record and (options.profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
         parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
+    for name in ("model", "student"):  # a notebook runs in its own folder
+        if Path(getattr(options, name)).is_dir():
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
     try:

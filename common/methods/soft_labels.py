@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from common.course.checkpoint import checksums
 from common.course.files import write_whole
 
 DESCRIPTION = "soft_labels.json"
@@ -72,28 +73,14 @@ class WindowDataset(Dataset):
 def fingerprint(teacher: nn.Module, tokenizer, windows: Tensor) -> dict[str, str]:
     """Hashes of what soft labels depend on: the teacher's weights, the tokenizer's vocabulary, the windows."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        weights.update(repr((name, tuple(tensor.shape), *checksums(tensor))).encode())
+    for name, sums in sorted(checksums(teacher).items()):
+        weights.update(repr((name, sums)).encode())
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     return {
         "teacher": weights.hexdigest()[:16],
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
         "windows": hashlib.sha256(windows.contiguous().numpy()).hexdigest()[:16],
     }
-
-
-def checksums(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over a tensor's bits, where it lies: of all numbers, and of all weighed by their place.
-
-    Hashing 13 GB on a CPU would take longer than reading them. The second knows a permutation; it is taken by rows, so
-    that no copy of the tensor is needed.
-    """
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    rows = tensor.detach().contiguous().view(integers).reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    by_row, by_column = (rows.sum(dim, dtype=torch.int64) for dim in (1, 0))
-    places = (torch.arange(1, len(sums) + 1, device=sums.device) * 7919 % 104729 for sums in (by_row, by_column))
-    weighed = (by_row * next(places)).sum() + (by_column * next(places)).sum()
-    return by_row.sum().item(), weighed.item()
 
 
 def top_k_and_tail(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ STEP = 0.0043  # a uniform code in 0…15 times this spreads like Llama's initia
 
 
 def shrunk(config):
-    """Much the same ratios, a sixteenth of the width and an eighth of the depth: to try on a CPU what a 7B will do."""
+    """Much the same ratios, a sixteenth of the width and a quarter of the depth: to try on a CPU what a 7B will do."""
     config = copy.deepcopy(config)
     width, shared = config.hidden_size // 16, config.num_attention_heads // config.num_key_value_heads
     heads = max(1, width // 64)
@@ -34,7 +34,7 @@ def shrunk(config):
         {
             "hidden_size": width,
             "intermediate_size": -(-config.intermediate_size // (16 * 64)) * 64,
-            "num_hidden_layers": -(-config.num_hidden_layers // 8),
+            "num_hidden_layers": -(-config.num_hidden_layers // 4),
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // shared),
             "head_dim": width // heads,
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, default=16, choices=[4, 16])
-    parser.add_argument("--small", action="store_true", help="a sixteenth of the width, an eighth of the depth")
+    parser.add_argument("--small", action="store_true", help="a sixteenth of the width, a quarter of the depth")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = make_stand_in(options.shape, options.folder, options.bits, device, options.small)

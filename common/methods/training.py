@@ -1,7 +1,7 @@
 """Training a student with `transformers.Trainer`: data, loss, validation and checkpoints."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,18 @@ from common.methods.head_loss import DIVERGENCES, cross_entropy_and_gradient, he
 from common.methods.output_head import output_head, require_output_head
 from common.methods.proofs import require_same_when_loaded
 from common.methods.soft_labels import WindowDataset
+
+# Float32 weights and gradients are 8 bytes; the two moments another 8, or 2 where bitsandbytes keeps them in 8 bits.
+BYTES_PER_PARAMETER = {"adamw_torch_fused": 16, "adamw_8bit": 10}
+
+
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `transformers` calls so, for a loop of one's own."""
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, learning_rate)
+    return torch.optim.AdamW(parameters, learning_rate)
 
 
 @dataclass(frozen=True)

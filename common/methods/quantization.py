@@ -193,7 +193,7 @@ def rtn_model(
     quantized = {}
     for name, linear in iter_linears(model):
         result = rtn(linear.weight.to(device or linear.weight.device), config)
-        linear.weight.copy_(result.dequantize())
+        linear.weight.copy_(result.dequantize().to(linear.weight.dtype))
         quantized[name] = result.to(linear.weight.device)
     return quantized
 
@@ -237,7 +237,8 @@ def gptq_model(
     if resume is None:
         kept = None
     else:
-        kept = Resume(resume, model, windows, (config, keep_zeros, walk_options.get("batch_size")), put, take)
+        given = config, keep_zeros, walk_options.get("batch_size")
+        kept = Resume(resume, model, windows, given, put, take, walk_options.get("device"))
     walk(model, windows, Hessian, change, resume=kept, description=config.label("gptq"), **walk_options)
     if kept is not None:
         kept.finish()

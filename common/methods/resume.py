@@ -33,9 +33,10 @@ class Resume:
         settings: object,
         put: Callable[[Block, dict[str, Tensor]], None],
         take: Callable[[Block], dict[str, Tensor]],
+        device: torch.device | str | None = None,
     ):
         self.folder, self.put, self.take, self.found = folder, put, take, 0
-        made_of = repr((sorted(checksums(model).items()), settings, torch.__version__)).encode()
+        made_of = repr((sorted(checksums(model, device).items()), settings, torch.__version__)).encode()
         key = {"of": hashlib.sha256(made_of + windows.numpy().tobytes()).hexdigest()}
         description = folder / "resume.json"
         if not description.exists() or json.loads(description.read_text(encoding="utf-8")) != key:

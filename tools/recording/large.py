@@ -5,11 +5,13 @@
 The stand-ins are drawn on the card. PyTorch may use 15 GiB of it (GPU_MEMORY), and every process is watched: what it
 has of main memory, and of that what no file backs. Labs run side by side, since the card has room for several such
 notebooks (--alone: one after the other, for times that nothing else disturbs). After each notebook, OUT/large.md and
-OUT/large.json hold the table so far, OUT/large.tar.gz the executed notebooks, their figures and the logs.
+OUT/large.json (at home: results/large.json) hold the table so far, OUT/large.tar.gz the executed notebooks, their
+figures and the logs.
 --small: tiny stand-ins and the smoke profile, on a CPU, to try all of it.
 """
 
 import argparse
+import datetime
 import json
 import os
 import shutil
@@ -77,6 +79,15 @@ def memory_of(process: psutil.Process) -> tuple[int, int]:
         return 0, 0
 
 
+def device() -> str:
+    """The first GPU's name; "CPU" without one."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "CPU"
+
+
 class Session:
     """One call: what time is left, where things are, what has been found."""
 
@@ -88,7 +99,7 @@ class Session:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.host / "logs").mkdir(parents=True, exist_ok=True)
         table = self.host / "large.json"
-        self.rows = [Row(**row) for row in json.loads(table.read_text())] if table.exists() else []
+        self.rows = [Row(**row) for row in json.loads(table.read_text())["rows"]] if table.exists() else []
         site = f"{self.host.parent / 'site'}{os.pathsep}{ROOT}"
         self.environment = os.environ | {"PYTHONPATH": site, "COURSE_WORK": str(self.work("")), "CI": "1"}
         self.environment |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TQDM_MININTERVAL": "10"}
@@ -102,7 +113,7 @@ class Session:
     def work(self, lab: str) -> Path:
         """Where a lab's runs keep what they make: apart, since labs run side by side; the embedded model is shared."""
         folder = self.host / "work" / lab
-        if lab and not (folder / "models").exists():
+        if lab and not (folder / "models").is_symlink():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "models").symlink_to(self.work("") / "models")
         return folder
@@ -168,7 +179,7 @@ class Session:
         for lab, number, expected in notebooks:
             if any(row.notebook == f"{lab}-{number}" and row.state == "done" for row in self.rows):
                 continue
-            if self.left() < expected * (0.1 if self.small else 1):
+            if self.left() < (1 if self.small else expected):
                 print(f"{lab}-{number}: {self.left():.0f} s are too few", flush=True)
                 return
             failed = self.run(lab, number, side_by_side=not self.alone)
@@ -185,7 +196,8 @@ class Session:
 
     def write(self) -> None:
         rows = sorted(self.rows, key=lambda row: row.notebook)
-        text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
+        run = {"device": device(), "date": datetime.date.today().isoformat(), "limit": LIMIT}
+        text = json.dumps(run | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
         lines = [
             "| notebook | | seconds | card, GiB | main memory, GiB | of it anonymous |",
             "|---|---|---|---|---|---|",

@@ -35,7 +35,7 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, learning_rate)
-    return torch.optim.AdamW(parameters, learning_rate)
+    return torch.optim.AdamW(parameters, learning_rate, fused=True)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ class DistillationTrainer(Trainer):
         arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
         super().__init__(student, arguments, data_collator=data.collate, **given)
         self.remove_callback(PrinterCallback)
+        if arguments.gradient_checkpointing:  # here already, for who computes a step without `train`
+            self.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against
         self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model

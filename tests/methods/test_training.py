@@ -399,7 +399,7 @@ def test_the_ways_to_save_memory_train_the_same(tmp_path, llama, text, labels):
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_8bit"])
 def test_an_optimizer_for_a_loop_of_ones_own(name):
-    weight = torch.nn.Parameter(torch.ones(4096))
+    weight = torch.nn.Parameter(torch.ones(128, 128))
     optimizer = make_optimizer(name, [weight], 0.1)
     weight.square().sum().backward()
     optimizer.step()

@@ -29,7 +29,7 @@ def shrunk(config):
     """Much the same ratios, a sixteenth of the width and a quarter of the depth: to try on a CPU what a 7B will do."""
     config = copy.deepcopy(config)
     width, shared = config.hidden_size // 16, config.num_attention_heads // config.num_key_value_heads
-    heads = max(1, width // 64)
+    heads = config.num_attention_heads // 8
     config.update(
         {
             "hidden_size": width,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.course.environment import peak_memory
+from common.course.memory import peak_memory
 from common.formats.gptq import load_dequantized, save_gptq
 from common.formats.sparse import packed_bytes
 from common.methods.awq import awq_model

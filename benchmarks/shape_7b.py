@@ -44,7 +44,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from benchmarks.decode_kernels import CONFIG, KERNELS, Kernel, bytes_of_weights, bytes_per_step, use_kernel
 from common.course import assets
 from common.course.assets import load_model, model_config
-from common.course.environment import GIB, prepare
+from common.course.environment import prepare
+from common.course.memory import GIB
 from common.course.settings import PROFILES, Settings, load_settings
 from common.measure.benchmarking import (
     Decoder,

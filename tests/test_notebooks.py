@@ -61,6 +61,16 @@ def test_claims_are_checked(file):
         assert "✅" not in cell.source or "nbval-check-output" in cell.metadata.tags
 
 
+LABS = [file for file in NOTEBOOKS if file.parent.name.startswith("Lab-")]
+
+
+@pytest.mark.parametrize("file", LABS, ids=run.title)
+def test_no_cell_copies_a_whole_model(file):
+    """A student's may be a 7B, of which neither the card nor main memory has room for two."""
+    code = "\n".join(cell.source for cell in cells(file, "code"))
+    assert not re.search(r"deepcopy\((original|teacher|student)\)", code)
+
+
 @each_notebook
 def test_every_figure_is_guessed_first_and_answered_below(file):
     guessed, everything = False, cells(file)

@@ -19,9 +19,9 @@ from pathlib import Path
 import nbformat
 
 from common.course.embedded import SPECS, embedded_folder
-from common.course.environment import device_name
+from common.course.environment import choose_profile, device_name
 from common.course.files import whole_file
-from common.course.settings import PROFILES, load_settings, resolve_profile, slug, work_folder
+from common.course.settings import PROFILES, load_settings, slug, work_folder
 from common.measure import results
 from tools import provenance, tables
 from tools.done import Stamps
@@ -186,16 +186,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.record and (options.profile == "smoke" or (options.model, options.student) != ("embedded", "layers")):
         parser.error("--record keeps real figures of the embedded model: no smoke profile, no other model")
-    try:
-        profile, notebooks = resolve_profile(options.profile), find_notebooks(options.lab, options.notebook)
-        if options.model in SPECS:
-            embedded_folder(options.model)  # its first use takes half a minute and says so: here, where it is seen
-    except (FileNotFoundError, RuntimeError) as error:  # each says what to do
-        print(f"❌ {error}")
-        return 1
+    for name in ("model", "student"):  # a notebook runs in its own folder
+        if Path(getattr(options, name)).is_dir():
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
     if options.gpu_memory:
         os.environ["COURSE_GPU_MEMORY"] = str(options.gpu_memory)
-
+    try:
+        profile, notebooks = (
+            choose_profile(options.profile, options.model),
+            find_notebooks(options.lab, options.notebook),
+        )
+        if options.model in SPECS:
+            embedded_folder(options.model)  # its first use takes half a minute and says so: here, where it is seen
+    except (OSError, RuntimeError) as error:  # each says what to do
+        print(f"❌ {error}")
+        return 1
     outcomes, records = [], []
     for number, notebook in enumerate(notebooks, start=1):
         print(f"[{number}/{len(notebooks)}] {title(notebook)}", flush=True)

@@ -1,6 +1,6 @@
 """A stand-in: a folder with a published shape, random weights and the embedded tokenizer, for speed and memory only.
 
-    python -m tools.stand_in llama-2-7b FOLDER [--bits 4]
+    python -m tools.stand_in llama-2-7b FOLDER [--bits 4] [--small]
 
 Weights of 7B models cannot be shipped with a course; their shapes can, and memory and time depend on shapes. Its text
 means nothing, and no claim of quality applies to it (`common.course.claims`). The vocabulary is the tokenizer's, so
@@ -25,11 +25,35 @@ GROUP_SIZE = 128  # of the 4-bit kind
 STEP = 0.0043  # a uniform code in 0…15 times this spreads like Llama's initial weights
 
 
-def make_stand_in(shape: str, folder: Path, bits: int = 16, device: str = "cpu") -> artifacts.Artifact:
-    """Save the stand-in of `shape` (of `assets.SHAPES`), drawn on `device`: bfloat16, or 4 bits in AWQ's format."""
+def shrunk(config):
+    """Much the same ratios, a sixteenth of the width and a quarter of the depth: to try on a CPU what a 7B will do."""
+    config = copy.deepcopy(config)
+    width, shared = config.hidden_size // 16, config.num_attention_heads // config.num_key_value_heads
+    heads = config.num_attention_heads // 8
+    config.update(
+        {
+            "hidden_size": width,
+            "intermediate_size": -(-config.intermediate_size // (16 * 64)) * 64,
+            "num_hidden_layers": -(-config.num_hidden_layers // 4),
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // shared),
+            "head_dim": width // heads,
+        }
+    )
+    return config
+
+
+def make_stand_in(
+    shape: str, folder: Path, bits: int = 16, device: str = "cpu", small: bool = False
+) -> artifacts.Artifact:
+    """Save the stand-in of `shape` (of `assets.SHAPES`), drawn on `device`: bfloat16, or 4 bits in AWQ's format.
+
+    small: of its `shrunk` shape.
+    """
     if shape not in SHAPES or bits not in (4, 16):
         raise ValueError(f"A stand-in has 4 or 16 bits and one of the shapes {', '.join(SHAPES)}.")
-    tokenizer, config = load_tokenizer("embedded"), copy.deepcopy(SHAPES[shape])
+    tokenizer, published = load_tokenizer("embedded"), shrunk(SHAPES[shape]) if small else SHAPES[shape]
+    config = copy.deepcopy(published)
     config.update({"vocab_size": len(tokenizer), "dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]})
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -37,7 +61,7 @@ def make_stand_in(shape: str, folder: Path, bits: int = 16, device: str = "cpu")
         method = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True}
         config.quantization_config = method
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(SHAPES[shape]).named_parameters()}
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(published).named_parameters()}
 
     def write(path: Path) -> None:
         config.save_pretrained(path)
@@ -97,9 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, default=16, choices=[4, 16])
+    parser.add_argument("--small", action="store_true", help="a sixteenth of the width, a quarter of the depth")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = make_stand_in(options.shape, options.folder, options.bits, device)
+    made = make_stand_in(options.shape, options.folder, options.bits, device, options.small)
     print(f"{options.folder}: {made.weight_bytes / 1e9:.2f} GB of random weights in the shape of {options.shape}")
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.course.settings import ROOT, slug
 from common.measure.results import protocol_hash, read, write
-from tools import families, provenance
+from tools import families, large, provenance
 from tools.exercises import trials
 from tools.speedrun import board
 
@@ -42,6 +42,7 @@ WORDS = {  # of a protocol, for the line under a table
     "seed": "種子",
 }
 MOST_COLUMNS = 6  # of a table that is read in a document
+OWN = {"families": families.table, "exercises": trials.table, "speedrun": board.table, "large": large.table}
 REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -177,7 +178,12 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
     records, changed = committed(), []
 
     def fill(match: re.Match) -> str:
-        own = {"families": families.table, "exercises": trials.table, "speedrun": board.table}.get(match[2])
+        own = {
+            "families": families.table,
+            "exercises": trials.table,
+            "speedrun": board.table,
+            "large": large.table,
+        }.get(match[2])
         return match[1] + (own() if own else render_table(tables[match[2]], records)) + match[3]
 
     for document in documents:

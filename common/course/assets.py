@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from common.course import checkpoint, embedded
-from common.course.environment import require_memory
+from common.course.memory import require_memory
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a Hub repository: weights, settings, tokenizer
 HUB_COPIES = ["consolidated*", "adapter*", "*/*"]  # the same weights in other layouts
@@ -118,9 +118,7 @@ def load_model(spec: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     if spec.startswith("shape:"):
         return _random_model(spec.removeprefix("shape:"), dtype, device)
     source = locate(spec)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).parameters())
-    require_memory(size * dtype.itemsize, f"Model {spec!r}", device)
+    require_memory(model_bytes(spec) * dtype.itemsize // 2, f"Model {spec!r}", device)
     return _load_whole(source, spec, dtype).to(device).eval()
 
 
@@ -177,3 +175,9 @@ def model_config(spec: str):
     return (
         SHAPES[spec.removeprefix("shape:")] if spec.startswith("shape:") else AutoConfig.from_pretrained(locate(spec))
     )
+
+
+def model_bytes(spec: str) -> int:
+    """What a model's weights take in 16 bits, by its configuration: nothing is loaded."""
+    with torch.device("meta"):
+        return 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config(spec)).parameters())

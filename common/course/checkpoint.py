@@ -165,3 +165,26 @@ def expected(config) -> dict[str, torch.Size]:
 def some(names: list[str], most: int = 4) -> str:
     """The first few of many names, as words."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def checksums(model: nn.Module, device: torch.device | str | None = None) -> dict[str, tuple]:
+    """Type, shape and two sums over the bits of every tensor of a model's state, by name: what to know it again by.
+
+    The sums are taken on `device` (default: where the tensor lies): to hash 13 GB on a CPU takes longer than to read
+    them.
+    """
+    state = model.state_dict()
+    return {name: (str(t.dtype), tuple(t.shape), *_sums(t.to(device or t.device))) for name, t in state.items()}
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, int]:
+    """The sum of all numbers (by their bits), and one weighed by row and column, which knows a permutation.
+
+    -0 counts as 0: it is equal, and what stores zeros as such makes no difference between them.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    rows = (tensor.detach() + 0).contiguous().view(integers).reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    by_row, by_column = (rows.sum(dim, dtype=torch.int64) for dim in (1, 0))
+    places = (torch.arange(1, len(sums) + 1, device=sums.device) * 7919 % 104729 for sums in (by_row, by_column))
+    weighed = (by_row * next(places)).sum() + (by_column * next(places)).sum()
+    return by_row.sum().item(), weighed.item()

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -24,9 +23,10 @@ import transformers
 from IPython.display import display
 
 from common.course import claims
-from common.course.settings import CHAPTER, Settings, load_settings, seed_everything
+from common.course.assets import model_bytes
+from common.course.memory import GIB, cap_gpu_memory, card_memory, gpu_peak, peak_memory
+from common.course.settings import CHAPTER, LARGE, Settings, load_settings, resolve_profile, seed_everything
 
-GIB = 2**30
 PACKAGES = (
     "torch",
     "transformers",
@@ -40,7 +40,6 @@ PACKAGES = (
 )
 NOISY_LOGGERS = ("tokenicer", "transformers", "bitsandbytes", "optimum", "datasets")
 _started = time.perf_counter()
-_gpu_peak_before_reset = 0
 
 
 def _quiet() -> None:
@@ -74,13 +73,26 @@ def prepare(
     """
     global _started
     _started = time.perf_counter()
-    settings = load_settings(lab, profile, model).replace(notebook=notebook)
+    settings = load_settings(lab, choose_profile(profile, model), model).replace(notebook=notebook)
     seed_everything(settings.seed)
     cap_gpu_memory()
     claims.about(model, student)
     print(f"profile {settings.profile} · model {model} · {device_name(settings)} · {str(settings.dtype)[6:]}")
     _show_settings(settings)
     return settings
+
+
+def choose_profile(profile: str, model: str) -> str:
+    """`auto` goes by the hardware, and on a GPU by the model: one that fills a quarter of the card gets fewer numbers.
+
+    It says so in a line. Other profiles stay what they are; raises what `settings.resolve_profile` raises.
+    """
+    chosen = resolve_profile(profile)
+    if profile == "auto" and chosen == "gpu" and (size := model_bytes(model)) > card_memory() / 4:
+        chosen = LARGE
+        card = card_memory() / GIB
+        print(f"profile {chosen}: in 16 bits this model is {size / GIB:.1f} GiB, the card has {card:.0f}")
+    return chosen
 
 
 def _show_settings(settings: Settings) -> None:
@@ -101,14 +113,6 @@ def _names_used(settings: Settings) -> set[str]:
     cells = json.loads(files[0].read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     return set(re.findall(r"\bsettings\.(\w+)", code))
-
-
-def cap_gpu_memory() -> None:
-    """Limit PyTorch's allocator to COURSE_GPU_MEMORY gibibytes, to prove on a large card what a small one can do."""
-    limit = float(os.environ.get("COURSE_GPU_MEMORY") or 0)
-    if limit and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def cpu_name() -> str:
@@ -190,9 +194,7 @@ def _gpu_checks(settings: Settings) -> list[Check]:
     capability = f"{properties.major}.{properties.minor}"
     return [
         Check("GPU", True, f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"),
-        Check(
-            "GPU memory", memory > 14, f"{memory:.1f} GiB", "16 GB is what the gpu profile is made for.", required=False
-        ),
+        Check("GPU memory", memory > 14, f"{memory:.1f} GiB", "The profiles are made for 16 GB.", required=False),
         Check("CUDA", True, f"driver {driver_version()}, PyTorch built for CUDA {torch.version.cuda}"),
         Check("bfloat16", properties.major >= 8, capability, "Before Ampere (8.0), bfloat16 is slow.", required=False),
     ]
@@ -207,35 +209,6 @@ def driver_version() -> str:
         return ""
 
 
-def require_memory(needed: int, what: str, device: torch.device) -> None:
-    """Raise MemoryError when `device` has less than `needed` bytes free, saying how much is needed and what to do."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if free < needed:
-        raise MemoryError(
-            f"{what} needs about {needed / GIB:.1f} GiB on the {device.type} and {free / GIB:.1f} GiB are free. "
-            "Close other notebooks (Kernel → Shut Down), or choose a smaller model."
-        )
-
-
-def reset_gpu_peak() -> None:
-    """Begin a new measurement of peak GPU memory without losing the notebook's own peak."""
-    global _gpu_peak_before_reset
-    _gpu_peak_before_reset = max(_gpu_peak_before_reset, torch.cuda.max_memory_allocated())
-    torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory() -> int:
-    """The most bytes of main memory that this process ever held.
-
-    Linux hands `ru_maxrss` on to what a process starts: a kernel would report the peak of the program that runs it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @dataclass(frozen=True)
 class Usage:
     """What a notebook used since `prepare`."""
@@ -247,5 +220,4 @@ class Usage:
 
 def usage() -> Usage:
     """Wall-clock seconds and peak memory of this kernel since `prepare`."""
-    gpu = max(_gpu_peak_before_reset, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
-    return Usage(time.perf_counter() - _started, peak_memory(), gpu)
+    return Usage(time.perf_counter() - _started, peak_memory(), gpu_peak())

@@ -1,6 +1,7 @@
 """Settings: one table of numbers (`profiles.toml`), turned into a typed object per lab; seeds and folders.
 
-A notebook asks for `profile="auto"`: a GPU gives `gpu`, otherwise `cpu`. Profiles differ in numbers only.
+A notebook asks for `profile="auto"`: a GPU gives `gpu` (or, for a model that fills the card, `gpu16`:
+`environment.choose_profile`), otherwise `cpu`. Profiles differ in numbers only.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTER = ROOT / "03-Model_Compression"
-PROFILES = ("smoke", "cpu", "gpu")
+LARGE = "gpu16"
+PROFILES = ("smoke", "cpu", "gpu", LARGE)
+INSTEAD = {LARGE: "gpu"}  # whose number holds where a profile has none of its own
 _TABLE = Path(__file__).with_name("profiles.toml")
 
 
@@ -41,7 +44,7 @@ class Settings:
     @property
     def device(self) -> torch.device:
         """The GPU where there is one; the `smoke` and `cpu` profiles compute on the CPU everywhere."""
-        return torch.device("cuda" if self.profile == "gpu" else "cpu")
+        return torch.device("cuda" if self.profile in ("gpu", LARGE) else "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,9 +84,9 @@ def resolve_profile(profile: str) -> str:
         return "gpu" if torch.cuda.is_available() else "cpu"
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; choose auto, {', '.join(PROFILES)}.")
-    if profile == "gpu" and not torch.cuda.is_available():
+    if profile in ("gpu", LARGE) and not torch.cuda.is_available():
         raise RuntimeError(
-            "Profile 'gpu' needs an NVIDIA GPU and PyTorch sees none. Use PROFILE = \"cpu\", or check that "
+            f'Profile {profile!r} needs an NVIDIA GPU and PyTorch sees none. Use PROFILE = "cpu", or check that '
             "nvidia-smi works and that torch.version.cuda is not None."
         )
     return profile
@@ -112,7 +115,12 @@ def _rows(lab: str) -> dict[str, dict]:
 
 def profile_values(lab: str, profile: str) -> dict:
     """Name → value of a lab's numbers at a profile, as they stand in `profiles.toml`."""
-    return {name: row.get("all", row.get(profile)) for name, row in _rows(lab).items()}
+    return {name: _value(row, profile) for name, row in _rows(lab).items()}
+
+
+def _value(row: dict, profile: str):
+    """A profile's own number, else that of the profile it falls back on, else the one for all; None without any."""
+    return next((row[key] for key in (profile, INSTEAD.get(profile), "all") if key in row), None)
 
 
 def load_settings(lab: str, profile: str = "auto", model: str = "embedded") -> Settings:
@@ -123,7 +131,7 @@ def load_settings(lab: str, profile: str = "auto", model: str = "embedded") -> S
     profile = resolve_profile(profile)
     fields = {field.name: field.type for field in dataclasses.fields(Settings)}
     for name, row in _rows(lab).items():
-        values = [row.get("all", row.get(each)) for each in PROFILES]
+        values = [_value(row, each) for each in PROFILES]
         expected = fields.get(name, type(values[0]))
         for value in values:
             if type(value) is not expected or value is None:

@@ -12,6 +12,7 @@ import openai
 import torch
 
 from common.course import artifacts
+from common.course.memory import card_memory
 from common.course.settings import ROOT
 from common.engines.processes import EngineDied, free_port, serve_command
 from common.formats.awq import repack_as_awq
@@ -87,12 +88,14 @@ def serve_vllm(
     dtype: str,
     context: int,
     sequences: int,
+    memory: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[VLLM]:
     """Serve the model in `folder` (what `servable` saved, or an original) while the block lasts.
 
     tokenizer: the folder of the tokenizer, which must have a chat template; dtype: of what is not quantized, such as
     "bfloat16"; context: tokens per request, prompt and answer together; sequences: requests computed together;
+    memory: the share of the card, as COURSE_GPU_MEMORY caps it, that it may fill (default: half of the whole card);
     options: more of vLLM's own, such as "--tensor-parallel-size=2".
     Prompts are computed anew each time, so that the first token's delay is real.
     Raises FileNotFoundError where vLLM is not installed; EngineDied when it cannot start (a model or a GPU that it does
@@ -108,7 +111,9 @@ def serve_vllm(
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", MODEL_NAME]
     command += ["--dtype", dtype, "--max-model-len", context, "--max-num-seqs", sequences, "--no-enable-prefix-caching"]
     if torch.cuda.is_available():
-        command += ["--gpu-memory-utilization", "0.5"]  # the notebook's own models are on the card, too
+        total = torch.cuda.get_device_properties(0).total_memory
+        share = 0.5 if memory is None else memory * card_memory() / total
+        command += ["--gpu-memory-utilization", f"{share:.3f}"]
         # CUDA graphs without torch.compile, which would take longer than a notebook uses the server.
         command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     else:

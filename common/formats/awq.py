@@ -41,7 +41,7 @@ def repack_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def unpack_linear(tensors: dict[str, Tensor]) -> Tensor:
     """The float32 matrix [out, in] that a layer's three tensors in AWQ's format stand for."""
     codes, zeros = unpack_outputs(tensors["qweight"]), unpack_outputs(tensors["qzeros"])
-    group = torch.arange(len(codes)) // (len(codes) // len(zeros))
+    group = torch.arange(len(codes), device=codes.device) // (len(codes) // len(zeros))
     return ((codes.float() - zeros.float()[group]) * tensors["scales"].float()[group]).T
 
 

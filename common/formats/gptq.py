@@ -77,7 +77,7 @@ def unpack_codes(tensors: dict[str, Tensor], bits: int, group_size: int = 0) -> 
     if "g_idx" in tensors:
         group = tensors["g_idx"].long()
     else:
-        group = torch.arange(len(codes)) // (group_size if group_size > 0 else len(codes))
+        group = torch.arange(len(codes), device=codes.device) // (group_size if group_size > 0 else len(codes))
     if group.min() < 0 or group.max() >= groups:
         raise ValueError(
             f"g_idx names the groups {group.min()} to {group.max()}, and there are scales for {groups}: the file is "
@@ -119,10 +119,18 @@ def zero_offset(layers: Iterable[dict[str, Tensor]], bits: int, group_size: int 
 
 
 def save_gptq(
-    folder: Path, model: nn.Module, tokenizer, quantized: dict[str, QuantizedWeight], *, method: str, parent: str
+    folder: Path,
+    model: nn.Module,
+    tokenizer,
+    quantized: dict[str, QuantizedWeight],
+    *,
+    method: str,
+    parent: str,
+    device: torch.device | str | None = None,
 ) -> artifacts.Artifact:
     """Save `model` with the layers named in `quantized` packed, everything else in 16 bits.
 
+    device: where a layer is packed (default: where its codes are).
     A model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
     Raises what `check_packable` raises.
     """
@@ -132,7 +140,8 @@ def save_gptq(
     for name, value in checkpoint.tensors_once(model).items():
         layer = name.removesuffix(".weight")
         if layer in quantized:
-            tensors |= {f"{layer}.{key}": tensor.cpu() for key, tensor in pack_linear(quantized[layer]).items()}
+            codes = quantized[layer].to(device or quantized[layer].codes.device)
+            tensors |= {f"{layer}.{key}": tensor.cpu() for key, tensor in pack_linear(codes).items()}
         else:
             tensors[name] = value.to(torch.bfloat16 if value.dtype == torch.float32 else value.dtype).contiguous().cpu()
 
@@ -170,9 +179,10 @@ def _add_quantization_config(file: Path, config: QuantizeConfig, method: str) ->
     file.with_name("quantize_config.json").write_text(own, encoding="utf-8")
 
 
-def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_dequantized(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """A checkpoint in GPTQ's (v1, v2) or AWQ's format, or a dense one, as an ordinary model in `dtype`, on the CPU.
 
+    device: where a layer is unpacked.
     For measuring quality: it computes with the stored numbers, rounded once to `dtype`, on any device, at the
     original's speed. Raises ValueError for other formats, and where files or tensors are missing or damaged.
     """
@@ -194,7 +204,8 @@ def load_dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
     unpack = _gptq_reader(folder, packed, settings) if method == "gptq" else awq.unpack_linear
     for layer, tensors in packed.items():
         try:
-            state[f"{layer}.weight"] = unpack(tensors).to(dtype)
+            there = {key: tensor.to(device) for key, tensor in tensors.items()}
+            state[f"{layer}.weight"] = unpack(there).to(dtype).cpu()
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{folder}: layer {layer} cannot be unpacked: {error}") from error
     config.__dict__.pop("quantization_config", None)

@@ -6,11 +6,11 @@ that is 9/16. Compressed sparse rows (CSR) spend a column index per value instea
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -23,28 +23,35 @@ WEIGHTS = "sparse.safetensors"  # not model.safetensors: others would load it wi
 
 
 def pack(weight: Tensor) -> dict[str, Tensor]:
-    """bitmask uint8 [⌈n/8⌉] (bit i of byte j: weight 8j+i is not zero), values [nonzeros], shape int64 [dimensions]."""
-    flat = weight.detach().cpu().flatten()
+    """bitmask uint8 [⌈n/8⌉] (bit i of byte j: weight 8j+i is not zero), values [nonzeros], shape int64 [dimensions].
+
+    Worked out where the weight is; what is returned is on the CPU.
+    """
+    flat = weight.detach().flatten()
     kept = flat != 0
-    bitmask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
-    return {"bitmask": bitmask, "values": flat[kept], "shape": torch.tensor(weight.shape)}
+    places = F.pad(kept, (0, -len(kept) % 8)).view(-1, 8).byte() << torch.arange(8, device=flat.device).byte()
+    bitmask = places.sum(1, dtype=torch.uint8)
+    return {"bitmask": bitmask.cpu(), "values": flat[kept].cpu(), "shape": torch.tensor(weight.shape)}
 
 
-def unpack(packed: dict[str, Tensor]) -> Tensor:
+def unpack(packed: dict[str, Tensor], device: torch.device | str = "cpu") -> Tensor:
     """The dense weight that `pack` was given. ValueError when bitmask and values do not belong together."""
     size = packed["shape"].prod().item()
-    bits = np.unpackbits(packed["bitmask"].numpy(), count=size, bitorder="little")
-    kept = torch.from_numpy(bits).bool()
-    if kept.sum() != len(packed["values"]):
-        raise ValueError(f"Damaged sparse weight: {kept.sum()} bits set, {len(packed['values'])} values.")
-    flat = torch.zeros(size, dtype=packed["values"].dtype)
-    flat[kept] = packed["values"]
-    return flat.view(*packed["shape"].tolist())
+    bitmask, values = packed["bitmask"].to(device), packed["values"].to(device)
+    bits = bitmask[:, None] >> torch.arange(8, device=device).byte() & 1
+    kept = bits.flatten()[:size].bool()
+    if kept.sum() != len(values):
+        raise ValueError(f"Damaged sparse weight: {kept.sum()} bits set, {len(values)} values.")
+    return (
+        torch.zeros(size, dtype=values.dtype, device=device)
+        .masked_scatter_(kept, values)
+        .view(*packed["shape"].tolist())
+    )
 
 
 def packed_bytes(weight: Tensor) -> int:
     """Size of `pack(weight)` in a file, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in pack(weight).values())
+    return -(-weight.numel() // 8) + (weight != 0).sum().item() * weight.element_size() + 8 * weight.dim()
 
 
 def csr_bytes(weight: Tensor) -> int:
@@ -58,14 +65,26 @@ def _stored(linear: nn.Linear | Matrix) -> Tensor:
     return getattr(linear.owner, linear.parameter) if isinstance(linear, Matrix) else linear.weight
 
 
-def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, settings: dict, parent: str) -> Artifact:
-    """Save a pruned model: the matrices of the decoder blocks packed, fused experts too, everything else as it is."""
+def save_sparse(
+    folder: Path,
+    model: nn.Module,
+    tokenizer,
+    *,
+    method: str,
+    settings: dict,
+    parent: str,
+    device: torch.device | str | None = None,
+) -> Artifact:
+    """Save a pruned model: the matrices of the decoder blocks packed, fused experts too, everything else as it is.
+
+    device: where a matrix is packed (default: where it is).
+    """
     # `iter_linears` refuses quantized weights: their zeros are codes.
     matrices = {_stored(linear).data_ptr() for _, linear in iter_linears(model)}
     tensors = {}
     for name, tensor in checkpoint.tensors_once(model).items():
         if tensor.data_ptr() in matrices and tensor.dim() > 1:
-            tensors |= {f"{name}.{part}": value for part, value in pack(tensor).items()}
+            tensors |= {f"{name}.{part}": value for part, value in pack(tensor.to(device or tensor.device)).items()}
         else:
             tensors[name] = tensor.cpu().contiguous()
 
@@ -78,8 +97,11 @@ def save_sparse(folder: Path, model: nn.Module, tokenizer, *, method: str, setti
     return artifacts.save(folder, write, method=method, settings=settings, parent=parent, expected_bytes=size)
 
 
-def load_sparse(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model that `save_sparse` saved, on the CPU, in evaluation mode. Dense in memory, where zeros take space."""
+def load_sparse(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The model that `save_sparse` saved, on the CPU, in evaluation mode. Dense in memory, where zeros take space.
+
+    device: where a matrix is unpacked.
+    """
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}: load_sparse reads what save_sparse wrote.")
     config = AutoConfig.from_pretrained(folder)
@@ -89,7 +111,7 @@ def load_sparse(folder: Path, dtype: torch.dtype) -> nn.Module:
             weight, _, part = name.rpartition(".")
             if part == "bitmask":
                 packed = {key: file.get_tensor(f"{weight}.{key}") for key in ("bitmask", "values", "shape")}
-                state[weight] = unpack(packed).to(dtype)
+                state[weight] = unpack(packed, device).to(dtype).cpu()
             elif part not in ("values", "shape"):
                 state[name] = file.get_tensor(name).to(dtype)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

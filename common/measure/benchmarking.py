@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StaticCache
 
-from common.course.environment import reset_gpu_peak
+from common.course.memory import reset_gpu_peak
 from common.measure.cuda_graph import graphed, using_attention
 
 

@@ -111,10 +111,14 @@ def _logits(model: nn.Module, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]
             yield ids.to(logits.device), logits[:-1]
         return
     model.eval()
-    together = max(1, TOKENS_TOGETHER.get(model.device.type, 512) // windows.shape[1])
-    for batch in windows.split(together):
+    for batch in windows.split(windows_together(windows, model.device)):
         ids = batch.to(model.device)
         yield from zip(ids, model(input_ids=ids, use_cache=False).logits[:, :-1], strict=True)
+
+
+def windows_together(windows: Tensor, device: torch.device) -> int:
+    """How many of windows [n, seqlen] a model reads in one pass on `device`."""
+    return max(1, TOKENS_TOGETHER.get(device.type, 512) // windows.shape[1])
 
 
 def _mean(values: list[float]) -> float | None:

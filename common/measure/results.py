@@ -9,8 +9,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.course.environment import GIB, device_name, usage, versions
+from common.course.environment import device_name, usage, versions
 from common.course.files import write_whole
+from common.course.memory import GIB
 from common.course.settings import Settings, slug, work_folder
 from common.measure.evaluation import compare, estimate
 

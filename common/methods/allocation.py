@@ -3,13 +3,16 @@
 An allocation maps layer names to sparsities, for `common.methods.pruning.prune_model`.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
 from common.methods.blocks import decoder_blocks, iter_linears
+from common.methods.capture import walkable_blocks
 from common.methods.importance import wanda_scores
 from common.methods.pruning import check_sparsity
-from common.methods.stages import Statistic
+from common.methods.stages import Linear, Statistic
 
 
 def by_importance(model: nn.Module, importance: list[float], sparsity: float, span: float) -> dict[str, float]:
@@ -37,12 +40,26 @@ def block_of(name: str) -> int:
 
 @torch.no_grad()
 def outlier_ratios(model: nn.Module, statistics: dict[str, Statistic], multiple: float = 5.0) -> list[float]:
-    """Of each block, the share of weights whose Wanda score exceeds `multiple` times the block's mean (OWL)."""
-    scores: list[list[Tensor]] = [[] for _ in decoder_blocks(model)]
-    for name, linear in iter_linears(model):
-        scores[block_of(name)].append(wanda_scores(linear.weight, statistics[name].norms).flatten())
-    flat = [torch.cat(block) for block in scores]
-    return [(block > multiple * block.mean()).float().mean().item() for block in flat]
+    """Of each block, the share of weights whose Wanda score exceeds `multiple` times the block's mean (OWL).
+
+    Computed where the statistics are, a block at a time.
+    """
+    ratios = []
+    for block in walkable_blocks(model):
+        parts = [
+            _scores(f"{block.path}.{name}", linear, statistics).flatten() for name, linear in block.linears.items()
+        ]
+        scores = torch.cat(parts)
+        ratios.append((scores > multiple * scores.mean()).float().mean().item())
+    return ratios
+
+
+def _scores(name: str, linear: Linear, statistics: dict[str, Statistic] | None) -> Tensor:
+    """Of every weight: Wanda's, where the statistics are; |W| where there are none."""
+    if not statistics:
+        return linear.weight.float().abs()
+    norms = statistics[name].norms
+    return wanda_scores(linear.weight.to(norms.device), norms)
 
 
 def owl(model: nn.Module, statistics: dict[str, Statistic], sparsity: float, span: float = 0.08) -> dict[str, float]:
@@ -59,16 +76,40 @@ def one_threshold(
 ) -> dict[str, float]:
     """Each layer's share of scores below one global threshold: |W|, or Wanda's scores where statistics are given.
 
-    Needs all scores at once: 4 bytes per weight.
+    Layers are read one at a time, three times over.
     """
     check_sparsity(sparsity)
-    scores = {
-        name: wanda_scores(linear.weight, statistics[name].norms) if statistics else linear.weight.float().abs()
-        for name, linear in iter_linears(model)
+    linears = dict(iter_linears(model))
+    total = sum(linear.weight.numel() for linear in linears.values())
+
+    def scores() -> Iterator[Tensor]:
+        return (_scores(name, linear, statistics) for name, linear in linears.items())
+
+    threshold = kth_smallest(scores, max(1, round(sparsity * total)))
+    return {
+        n: min((score <= threshold).float().mean().item(), 0.999) for n, score in zip(linears, scores(), strict=True)
     }
-    everything = torch.cat([score.flatten() for score in scores.values()])
-    threshold = everything.kthvalue(max(1, round(sparsity * len(everything)))).values
-    return {name: min((score <= threshold).float().mean().item(), 0.999) for name, score in scores.items()}
+
+
+def kth_smallest(parts: Callable[[], Iterable[Tensor]], k: int) -> float:
+    """The k-th smallest (from 1) of all numbers in float32 tensors that need not be in memory together; none negative.
+
+    Such floats are ordered as their bits are: the upper 16 are counted first, then the lower ones of those that share
+    the upper ones of the k-th.
+    """
+    upper = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 15).cpu() for part in parts()).cumsum(0)
+    high = torch.searchsorted(upper, k).item()
+    k -= upper[high - 1].item() if high else 0
+    lower = 0
+    for part in parts():
+        bits = _bits(part)
+        lower = lower + torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu()
+    low = torch.searchsorted(lower.cumsum(0), k).item()
+    return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32).flatten()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from common.methods.beside import Beside
 from common.methods.capture import capture, decoder_blocks, first_blocks, trace, walkable_blocks
 from common.methods.experts import block_linears, one_by_one
 from common.methods.requirements import require_needs
+from common.methods.resume import Resume
 from common.methods.stages import Linear, Stage, Statistic
 from common.methods.visits import Change, Observe, Refine, Visits
 
@@ -50,6 +51,7 @@ def walk(
     reduce: Callable[[Statistic], None] | None = None,
     beside: bool = False,
     refine: Refine | None = None,
+    resume: Resume | None = None,
     description: str = "blocks",
 ) -> dict[str, int]:
     """Visit every linear layer of every decoder block with the inputs it receives from the blocks before it.
@@ -65,9 +67,11 @@ def walk(
     one block and all hidden states a second time.
     refine(block, batches, beside): called once all layers of a block have been changed, with what the block is given
     here and (beside.batches) in the original network; it may change the block again, before the data flows on.
-    Returns how many tokens reached each layer. Warns of experts that were sent too few: a Hessian of fewer than two
-    tokens per input does more harm than good (GPTQ then errs up to twice as much as rounding to nearest), so only the
-    size of each input counts; of fewer than FEW_TOKENS not even that: GPTQ rounds to nearest, Wanda compares |W|.
+    resume: where finished blocks are kept; those of an interrupted run are put in place, not visited again.
+    Returns how many tokens reached each layer that was visited. Warns of experts that were sent too few: a Hessian of
+    fewer than two tokens per input does more harm than good (GPTQ then errs up to twice as much as rounding to
+    nearest), so only the size of each input counts; of fewer than FEW_TOKENS not even that: GPTQ rounds to nearest,
+    Wanda compares |W|.
     Raises ValueError, before the first change, where the model cannot be walked (`requirements`, `capture.trace`).
     """
     if windows.dim() != 2 or len(windows) == 0:
@@ -87,7 +91,13 @@ def walk(
             block.module.to(device)
             shown.hidden = traced.entered[block.index]
             with work.beside.along(block, device):
-                work.through(block, shown, batches, at_once)
+                if resume is not None and resume.restore(block):
+                    for batch in batches:
+                        batch.hidden = block(batch, device)
+                else:
+                    work.through(block, shown, batches, at_once)
+                    if resume is not None:
+                        resume.keep(block)
             block.module.to(home)
     _warn(work)
     return work.tokens

@@ -28,9 +28,12 @@ def hooks(*handles):
             handle.remove()
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a Hugging Face causal LM (Llama, Mistral, Qwen, Gemma, OPT, ...), in order."""
-    layers = model.config.get_text_config().num_hidden_layers
+def decoder_blocks(model: nn.Module, layers: int | None = None) -> nn.ModuleList:
+    """The decoder blocks of a Hugging Face causal LM (Llama, Mistral, Qwen, Gemma, OPT, ...), in order.
+
+    layers: how many there are, where the configuration does not say so yet.
+    """
+    layers = model.config.get_text_config().num_hidden_layers if layers is None else layers
     candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no list of {layers} decoder blocks that could be walked.")

@@ -110,7 +110,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, loss_and_gradient, *per_token):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        total, to_hidden, to_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        total, to_hidden = 0.0, torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         chunks = zip(hidden.split(CHUNK), to_hidden.split(CHUNK), *(t.split(CHUNK) for t in per_token), strict=True)
         for inputs, to_inputs, *slices in chunks:
@@ -118,7 +119,8 @@ class _HeadLoss(torch.autograd.Function):
             loss, gradient = loss_and_gradient(logits, *slices)
             gradient = head.before(gradient, logits).to(weight.dtype)
             torch.mm(gradient, weight, out=to_inputs)
-            to_weight += gradient.T @ inputs
+            if to_weight is not None:
+                to_weight += gradient.T @ inputs
             if to_bias is not None:
                 to_bias += gradient.sum(0, dtype=wide)
             total = total + loss

@@ -169,12 +169,16 @@ def prune_model(
     masks = {}
 
     def change(stage: Stage, statistic: Statistic) -> None:
-        results = _prune_linears(stage.named, statistic, config, allocation)
+        results = prune_linears(stage.named, statistic, config, allocation)
         masks.update({name: keep.to(home) for name, keep in results.items()})
 
     if config.method == "magnitude":
         for name, linear in iter_linears(model):
-            masks |= _prune_linears({name: linear}, None, config, allocation)
+            weight = linear.weight.to(walk_options.get("device") or home)  # to sort a 7B's takes minutes on a CPU
+            sparsity = allocation[name] if allocation else config.sparsity
+            [(pruned, keep)] = prune_together([weight], None, config, [sparsity])
+            linear.weight.copy_(pruned)
+            masks[name] = keep.to(home)
     else:
         walk_options = {"at_once": config.method == "wanda", "description": config.label} | walk_options
         walk(model, windows, STATISTIC[config.method], change, **walk_options)
@@ -193,12 +197,18 @@ def prune_once(
     _prepare(model, config, allocation)
     masks = {}
     for linears in by_statistic(model, statistics):
-        masks |= _prune_linears(linears, statistics[next(iter(linears))], config, allocation)
+        masks |= prune_linears(linears, statistics[next(iter(linears))], config, allocation)
     return masks
 
 
-def _prune_linears(linears: dict[str, Linear], statistic, config: PruneConfig, allocation) -> dict[str, Tensor]:
-    """Prune layers that read the same input, in place; returns their masks."""
+@torch.no_grad()
+def prune_linears(
+    linears: dict[str, Linear],
+    statistic: Statistic | None,
+    config: PruneConfig,
+    allocation: dict[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """Prune layers that read the same input, in place; returns their masks, by the names that were given."""
     sparsities = [allocation[name] if allocation else config.sparsity for name in linears]
     weights = [linear.weight for linear in linears.values()]
     with naming(linears):

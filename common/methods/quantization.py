@@ -13,15 +13,20 @@ the search for each range by the Hessian's diagonal.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.methods.blocks import by_statistic, iter_linears, walk
+from common.methods.capture import Block
 from common.methods.compensation import Hessian, compensate, inverse_cholesky, naming
 from common.methods.grid import Grid, clipped_scale, nearest_codes
 from common.methods.requirements import require_needs
+from common.methods.resume import Resume
 from common.methods.stages import Linear, Stage
+
+PARTS = ("codes", "scale", "zero")  # of a QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -176,14 +181,20 @@ def check_widths(model: nn.Module, config: QuantizeConfig) -> None:
 
 
 @torch.no_grad()
-def rtn_model(model: nn.Module, config: QuantizeConfig) -> dict[str, QuantizedWeight]:
-    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name."""
+def rtn_model(
+    model: nn.Module, config: QuantizeConfig, *, device: str | torch.device | None = None
+) -> dict[str, QuantizedWeight]:
+    """RTN for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
+
+    device: where a layer is worked on (default: where it is); results stay where the weights live.
+    """
     require_needs(model, "weights")
     check_widths(model, config)
     quantized = {}
     for name, linear in iter_linears(model):
-        quantized[name] = rtn(linear.weight, config)
-        linear.weight.copy_(quantized[name].dequantize())
+        result = rtn(linear.weight.to(device or linear.weight.device), config)
+        linear.weight.copy_(result.dequantize().to(linear.weight.dtype))
+        quantized[name] = result.to(linear.weight.device)
     return quantized
 
 
@@ -194,13 +205,15 @@ def gptq_model(
     *,
     keep_zeros: bool = False,
     quantize: Callable[..., QuantizedWeight] = gptq,
+    resume: Path | None = None,
     **walk_options,
 ) -> dict[str, QuantizedWeight]:
     """GPTQ for every linear layer of the decoder blocks, in place; returns the quantized weights by layer name.
 
     windows: calibration tokens [nsamples, seqlen]. keep_zeros: weights that are zero stay zero, as a pruned model
     wants; otherwise error compensation refills some of them. quantize: `gptq`, or the same shared out among processes
-    (`common.parallel`). `walk_options` go to `common.methods.blocks.walk`.
+    (`common.parallel`). resume: folder in which finished blocks wait until all are done, so that an interrupted run can
+    be taken up where it was (`common.methods.resume`). `walk_options` go to `common.methods.blocks.walk`.
     """
     check_widths(model, config)
     home = model.device  # results stay where the weights live, not where a block is worked on
@@ -210,7 +223,25 @@ def gptq_model(
         results = gptq_linears(stage.named, statistic, config, keep_zeros, quantize)
         quantized.update({name: result.to(home) for name, result in results.items()})
 
-    walk(model, windows, Hessian, change, description=config.label("gptq"), **walk_options)
+    def put(block: Block, tensors: dict[str, Tensor]) -> None:
+        for name, linear in block.linears.items():
+            parts = (tensors[f"{name}.{part}"] for part in PARTS)
+            done = QuantizedWeight(*parts, config).to(linear.weight.device)
+            linear.weight.copy_(done.dequantize())
+            quantized[f"{block.path}.{name}"] = done.to(home)
+
+    def take(block: Block) -> dict[str, Tensor]:
+        done = {name: quantized[f"{block.path}.{name}"] for name in block.linears}
+        return {f"{name}.{part}": getattr(weight, part) for name, weight in done.items() for part in PARTS}
+
+    if resume is None:
+        kept = None
+    else:
+        given = config, keep_zeros, walk_options.get("batch_size")
+        kept = Resume(resume, model, windows, given, put, take, walk_options.get("device"))
+    walk(model, windows, Hessian, change, resume=kept, description=config.label("gptq"), **walk_options)
+    if kept is not None:
+        kept.finish()
     return quantized
 
 

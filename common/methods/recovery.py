@@ -4,30 +4,29 @@ What is trained is small enough for a card that just holds the model: W + M ⊙ 
 al., arXiv:2106.09685) under the mask of the weights that stayed. Merged, it is as sparse as before.
 """
 
-from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm.auto import tqdm
 
 from common.methods.blocks import iter_linears
-from common.methods.distillation import top_k_kd_loss
-from common.methods.soft_labels import top_k_and_tail
+from common.methods.soft_labels import SoftLabels, WindowDataset, to_store, top_k_and_tail
 from common.methods.streaming import Streamed
+from common.methods.training import DistillationTrainer, Objective, training_arguments
 
 
 class MaskedLoRA(nn.Module):
-    """W ↦ W + M ⊙ (B·A), M the weights that are not zero; at the beginning B = 0."""
+    """W ↦ W + M ⊙ (B·A), M the weights that are not zero (W itself says which); at the beginning B = 0."""
 
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
-        self.mask = nn.Buffer(weight != 0)
         self.A = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5)
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.mask * (self.B.to(weight.dtype) @ self.A.to(weight.dtype))
+        return weight + (weight != 0) * (self.B.to(weight.dtype) @ self.A.to(weight.dtype))
 
 
 def add_lora(model: nn.Module, rank: int) -> list[nn.Parameter]:
@@ -48,53 +47,49 @@ def merge_lora(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
-def teacher_labels(teacher: nn.Module, windows: Tensor, k: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The k likeliest tokens of every position with their log-probabilities, a pair per window, on the CPU.
+def teacher_labels(teacher: nn.Module, windows: Tensor, k: int, device: torch.device) -> SoftLabels:
+    """The k likeliest tokens of every position with their log-probabilities, in main memory.
 
     The teacher may be larger than the card: its blocks pass through one at a time.
     """
-    labels = (top_k_and_tail(logits[:-1], k, temperature=1.0) for logits in Streamed(teacher, device).stream(windows))
-    return [(ids.cpu(), log_probs.cpu()) for ids, log_probs in labels]
-
-
-def in_random_order(count: int, size: int, steps: int) -> Iterator[list[int]]:
-    """Which windows each step reads: all of them in a random order, then again in another."""
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < size:
-            order += torch.randperm(count).tolist()
-        batch, order = order[:size], order[size:]
-        yield batch
+    logits = Streamed(teacher, device).stream(windows)
+    ids, log_probs = zip(*(to_store(*top_k_and_tail(row[:-1], k, temperature=1.0)) for row in logits), strict=True)
+    return SoftLabels(np.stack(ids), np.stack(log_probs), temperature=1.0)
 
 
 def retrain(
     model: nn.Module,
     windows: Tensor,
-    labels: list[tuple[Tensor, Tensor]],
+    labels: SoftLabels,
     *,
     steps: int,
     batch_size: int,
+    folder: Path,
+    device: torch.device,
     rank: int = 16,
     learning_rate: float = 1e-3,
+    seed: int = 0,
 ) -> None:
     """Distil the dense model's `labels` on windows [n, seqlen] into a pruned model, in place; its zeros stay.
 
-    Activations are computed again in the backward pass (checkpointing), so that only one block's are held.
+    It ends on `device`. Activations are computed again in the backward pass (checkpointing), so that only one block's
+    are held: beside the weights there is room for little else.
     """
-    trained = add_lora(model, rank)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
-    for batch in tqdm(in_random_order(len(windows), batch_size, steps), total=steps, desc="retrain", unit="step"):
-        logits = model(input_ids=windows[batch].to(model.device), use_cache=False).logits[:, :-1].flatten(0, 1)
-        ids, log_probs = (torch.cat(parts).to(model.device) for parts in zip(*(labels[i] for i in batch), strict=True))
-        loss = top_k_kd_loss(logits, ids, log_probs, temperature=1.0) / len(logits)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    add_lora(model, rank)
+    arguments = training_arguments(
+        folder,
+        name="retrain",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        evaluations=0,
+        on_cpu=device.type == "cpu",
+        weight_decay=0.0,
+        gradient_checkpointing=True,
+    )
+    dtype = next(model.parameters()).dtype
+    DistillationTrainer(model, arguments, WindowDataset(windows, labels), Objective(alpha=0.0), dtype=dtype).train()
     model.gradient_checkpointing_disable()
     model.eval()
     merge_lora(model)

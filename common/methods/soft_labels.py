@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from common.course.checkpoint import checksums
 from common.course.files import write_whole
 
 DESCRIPTION = "soft_labels.json"
@@ -72,9 +73,8 @@ class WindowDataset(Dataset):
 def fingerprint(teacher: nn.Module, tokenizer, windows: Tensor) -> dict[str, str]:
     """Hashes of what soft labels depend on: the teacher's weights, the tokenizer's vocabulary, the windows."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, sums in sorted(checksums(teacher).items()):
+        weights.update(repr((name, sums)).encode())
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     return {
         "teacher": weights.hexdigest()[:16],
@@ -89,6 +89,11 @@ def top_k_and_tail(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, 
     values, ids = logits.topk(k, dim=-1)
     other = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return ids, torch.cat((values, other), dim=-1).log_softmax(-1)
+
+
+def to_store(ids: Tensor, log_probs: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both on the CPU in the types that `SoftLabels` holds, for any vocabulary."""
+    return ids.int().cpu().numpy(), log_probs.half().cpu().numpy()
 
 
 def _open(folder: Path, shape: tuple[int, int], vocabulary: int, k: int, mode: str):
@@ -140,8 +145,7 @@ def make_soft_labels(
         stop = start + len(batch)
         logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1, :vocabulary]
         for row, one in enumerate(logits, start=start):
-            top_ids, top_log_probs = top_k_and_tail(one, k, temperature)
-            ids[row], log_probs[row] = top_ids.cpu().numpy(), top_log_probs.cpu().numpy()
+            ids[row], log_probs[row] = to_store(*top_k_and_tail(one, k, temperature))
         ids.flush()
         log_probs.flush()
         _write(folder, state | {"done": stop})  # after the data: what is marked done is on disk

@@ -1,63 +1,117 @@
-"""Evaluation of a model that is larger than the card: all windows flow through one block after another."""
+"""A model that is larger than the card: one decoder block at a time is there, and nothing is copied back."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.measure.evaluation import windows_together
 from common.methods.capture import Block, BlockInputs, blocks_replaced, capture, decoder_blocks, stand_ins, trace
 
 
-@dataclass(frozen=True)
+@contextmanager
+def lent(module: nn.Module, device: torch.device | str):
+    """`module` on `device`, for a while; then its own tensors again, the very same: what was changed there is lost."""
+    own = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    module.to(device)
+    try:
+        yield module
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+        for part, tensors in buffers:
+            part._buffers.update(tensors)
+
+
+@contextmanager
+def offloaded(model: nn.Module, device: torch.device | str):
+    """The model's own forward pass on `device`, where one block at a time is; every pass reads all weights anew."""
+    with surroundings_lent(model, device), ExitStack() as stack:
+        for block in decoder_blocks(model):
+            there = stack.enter_context(ExitStack())  # closed at the end where a pass ends half-way, too
+            for hook in (
+                block.register_forward_pre_hook(partial(_bring, there, device)),
+                block.register_forward_hook(partial(_leave, there)),
+            ):
+                stack.callback(hook.remove)
+        yield model
+
+
+def _bring(there: ExitStack, device, block: nn.Module, _) -> None:
+    there.enter_context(lent(block, device))
+
+
+def _leave(there: ExitStack, *_) -> None:
+    there.close()
+
+
+@contextmanager
+def surroundings_lent(model: nn.Module, device: torch.device | str):
+    """Everything but the blocks on `device`, for a while."""
+    with ExitStack() as stack:
+        with blocks_replaced(model, nn.ModuleList()):
+            stack.enter_context(lent(model, device))
+        yield
+
+
+@dataclass
 class Streamed:
     """A model of which one decoder block at a time is on `device`, and otherwise only what is around the blocks."""
 
     model: nn.Module
     device: str | torch.device
+    extras: list[tuple | None] | None = field(default=None, repr=False)  # what `trace` found; proven once
+
+    @torch.no_grad()
+    def enter(self, windows: Tensor) -> list[BlockInputs]:
+        """What reaches the first block of windows [n, seqlen], some at a time; it waits where the model lives.
+
+        Raises ValueError where the model's blocks cannot be called one by one (`capture.trace`).
+        """
+        self.model.eval()
+        home = self.model.get_input_embeddings().weight.device
+        if self.extras is None:
+            self.extras = trace(self.model, windows, self.blocks()).extras
+        return capture(self.model, windows, self._together(windows), torch.device(self.device), home, self.extras)
+
+    def blocks(self) -> list[Block]:
+        return [Block(index, "", module, {}) for index, module in enumerate(decoder_blocks(self.model))]
+
+    def _together(self, windows: Tensor) -> int:
+        return windows_together(windows, torch.device(self.device))
 
     @torch.no_grad()
     def stream(self, windows: Tensor) -> Iterator[Tensor]:
         """The logits [seqlen, vocabulary] of each of `windows` [n, seqlen], on `device`.
 
         What follows the blocks (norm, head, a logit scale or soft cap) is the model's own code. Between blocks the
-        hidden states of all windows wait where the model lives. Raises ValueError where its blocks cannot be called
-        one by one (`capture.trace`).
+        hidden states of all windows wait where the model lives. Raises what `enter` raises.
         """
-        self.model.eval()
-        device, home = torch.device(self.device), self.model.get_input_embeddings().weight.device
-        blocks = [Block(index, "", module, {}) for index, module in enumerate(decoder_blocks(self.model))]
-        extras = trace(self.model, windows, blocks).extras
-        batches = capture(self.model, windows, 1, device, home, extras)
-        for block in tqdm(blocks, desc="stream", unit="block", leave=False):
-            block.module.to(device)
-            for batch in batches:
-                batch.hidden = block(batch, device)
-            block.module.to(home)
-        with _surroundings_on(self.model, device, home):
-            for ids, batch in zip(windows, batches, strict=True):
-                yield self._logits(ids.to(device), batch, extras)
+        batches = self.enter(windows)
+        for block in tqdm(self.blocks(), desc="stream", unit="block", leave=False):
+            with lent(block.module, self.device):
+                for batch in batches:
+                    batch.hidden = block(batch, torch.device(self.device))
+        yield from self.leave(windows, batches)
 
-    def _logits(self, ids: Tensor, batch: BlockInputs, extras: list[tuple | None]) -> Tensor:
+    @torch.no_grad()
+    def leave(self, windows: Tensor, batches: list[BlockInputs]) -> Iterator[Tensor]:
+        """The logits of windows that have been through all blocks, as `stream` gives them."""
+        with surroundings_lent(self.model, self.device):
+            for ids, batch in zip(windows.split(self._together(windows)), batches, strict=True):
+                yield from self._logits(ids.to(self.device), batch)
+
+    def _logits(self, ids: Tensor, batch: BlockInputs) -> Tensor:
         """One pass of the model in which the blocks do nothing but hand on what they have computed before."""
 
         def forward(index, hidden, args, kwargs):
-            hidden = batch.hidden.to(ids.device)
-            return hidden if extras[index] is None else (hidden, *extras[index])
+            hidden, extras = batch.hidden.to(ids.device), self.extras[index]
+            return hidden if extras is None else (hidden, *extras)
 
         with stand_ins(decoder_blocks(self.model), forward):
-            return self.model(input_ids=ids[None], use_cache=False).logits[0]
-
-
-@contextmanager
-def _surroundings_on(model: nn.Module, device: torch.device, home: torch.device):
-    """Everything but the blocks on `device`, for a while."""
-    with blocks_replaced(model, nn.ModuleList()):
-        model.to(device)
-    try:
-        yield
-    finally:
-        with blocks_replaced(model, nn.ModuleList()):
-            model.to(home)
+            return self.model(input_ids=ids, use_cache=False).logits

@@ -6,17 +6,21 @@ No sparse kernel is needed and every engine runs it faster; the price is quality
 
 import copy
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.methods.blocks import decoder_blocks, iter_linears
-from common.methods.capture import walkable_blocks
+from common.methods.blocks import decoder_blocks, iter_linears, walk
+from common.methods.capture import Block, blocks_replaced, walkable_blocks
+from common.methods.compensation import Hessian
+from common.methods.importance import InputNorms
 from common.methods.layer_lists import keep_layers
 from common.methods.proofs import require_same_from_configuration
 from common.methods.stages import Statistic
+from common.methods.streaming import lent
 
 LAYER_NUMBER = {"layer_idx", "layer_id", "layer_number"}  # of a module; families name it differently
 
@@ -58,19 +62,30 @@ def drop_blocks(model: nn.Module, dropped: list[int]) -> nn.Module:
     if unknown or len(set(dropped)) == len(blocks):
         raise ValueError(f"Cannot drop blocks {sorted(dropped)} of a model with blocks 0 to {len(blocks) - 1}.")
     kept = [index for index in range(len(blocks)) if index not in dropped]
-    smaller = copy.deepcopy(model)
-    remaining = decoder_blocks(smaller)
-    parts = [remaining[index] for index in kept]
-    for index, block in enumerate(parts):
+    with blocks_replaced(model, nn.ModuleList(blocks[index] for index in kept)):  # so that only these are copied
+        smaller = copy.deepcopy(model)
+    for index, block in enumerate(decoder_blocks(smaller, len(kept))):
         for module in block.modules():
             for name in LAYER_NUMBER & vars(module).keys():
                 if getattr(module, name) is not None:
                     setattr(module, name, index)  # where this block's keys and values lie in the cache
-    del remaining[:]
-    remaining.extend(parts)
     keep_layers(smaller.config.get_text_config(), kept)
     require_same_from_configuration(smaller)
     return smaller
+
+
+@contextmanager
+def only_blocks(model: nn.Module, kept: list[int]):
+    """The model itself with only the blocks `kept`, in order, for a while: to measure it; nothing is copied."""
+    blocks, config = decoder_blocks(model), model.config.get_text_config()
+    before = copy.deepcopy(vars(config))
+    with blocks_replaced(model, nn.ModuleList(blocks[index] for index in kept)):
+        keep_layers(config, kept)
+        try:
+            yield model
+        finally:
+            vars(config).clear()
+            vars(config).update(before)
 
 
 def contribution(down: Tensor, statistic: Statistic) -> Tensor:
@@ -101,34 +116,59 @@ def reconstruct(weight: Tensor, hessian: Tensor, kept: Tensor, damp_percent: flo
 def narrow_ffn(
     model: nn.Module,
     width: int,
-    statistics: dict[str, Statistic],
+    windows: Tensor,
     *,
     importance: Importance = contribution,
     compensate: bool = False,
+    **walk_options,
 ) -> nn.Module:
     """A copy of `model` whose feed-forward layers keep the `width` hidden units that matter most.
 
     torch-pruning finds what has to go with a unit: its rows of gate_proj and up_proj, its column of down_proj.
-    statistics: of the inputs of every `down_proj`, with `.norms` (`common.methods.blocks.collect`).
-    compensate: let the columns of down_proj that stay make up for the others (`reconstruct`; statistics of `Hessian`).
-    Raises ValueError for families that have other feed-forward layers.
+    windows: calibration tokens [nsamples, seqlen], which every block receives as in the model itself.
+    compensate: let the columns of down_proj that stay make up for the others (`reconstruct`).
+    One block of the model is copied at a time, and cut, before the next: in full there is only `model`.
+    `walk_options` go to `common.methods.blocks.walk`. Raises ValueError for families that have other feed-forward
+    layers.
     """
-    smaller = copy.deepcopy(model)
-    layers, hidden = _feed_forward(smaller, statistics), smaller.config.get_text_config().intermediate_size
+    downs, hidden = _feed_forward(model), model.config.get_text_config().intermediate_size
     if not 0 < width <= hidden:
         raise ValueError(f"width must lie between 1 and the present {hidden} hidden units, got {width}.")
-    graph = _dependencies(smaller)
-    for name, down, entrance in layers:
-        vars(smaller.get_submodule(name.rpartition(".")[0])).update(intermediate_size=width)
-        order = importance(down.weight, statistics[name]).argsort()
-        dropped, kept = order[: hidden - width].tolist(), order[hidden - width :].sort().values
-        moved = reconstruct(down.weight, statistics[name].matrix, kept) if compensate else down.weight[:, kept]
-        if dropped:
-            graph.get_pruning_group(entrance, torch_pruning.prune_linear_out_channels, dropped).prune()
-        down.weight.copy_(moved)
+    home, statistics, narrow = next(model.parameters()).device, {}, []
+    with blocks_replaced(model, nn.ModuleList()):
+        smaller = copy.deepcopy(model)
+
+    def note(stage, statistic) -> None:
+        statistics.update({name: statistic for name in stage.named if name in downs})
+
+    def cut(block: Block, *_) -> None:
+        name, statistic = statistics.popitem()
+        module = copy.deepcopy(block.module)
+        path = name.removeprefix(f"{block.path}.")
+        _narrow(smaller, module, path, width, statistic, importance, compensate)
+        narrow.append(module.to(home))
+
+    options = {"observe": Hessian if compensate else InputNorms, "description": "narrow", "at_once": True}
+    walk(model, windows, change=note, refine=cut, **options | walk_options)
+    decoder_blocks(smaller, 0).extend(narrow)
     smaller.config.get_text_config().intermediate_size = width
     require_same_from_configuration(smaller)
     return smaller
+
+
+def _narrow(model, block: nn.Module, path: str, width: int, statistic, importance: Importance, compensate: bool):
+    """Cut the feed-forward layer of a block, in place; model: what is around the blocks. path: of down_proj in it."""
+    down, owner = block.get_submodule(path), block.get_submodule(path.rpartition(".")[0])
+    order = importance(down.weight, statistic).argsort()
+    dropped, kept = order[: down.in_features - width].tolist(), order[down.in_features - width :].sort().values
+    moved = reconstruct(down.weight, statistic.matrix, kept) if compensate else down.weight[:, kept].clone()
+    if dropped:
+        with lent(model, down.weight.device):
+            graph = _dependencies(model, block)
+        entrance = getattr(owner, "gate_proj", None) or owner.up_proj
+        graph.get_pruning_group(entrance, torch_pruning.prune_linear_out_channels, dropped).prune()
+    down.weight.copy_(moved)
+    vars(owner).update(intermediate_size=width)
 
 
 def width_as_small_as(model: nn.Module, dropped: int, multiple: int = 8) -> int:
@@ -139,13 +179,19 @@ def width_as_small_as(model: nn.Module, dropped: int, multiple: int = 8) -> int:
     return max(multiple, round((config.intermediate_size - saved / unit) / multiple) * multiple)
 
 
-def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:
-    """Which layers lose rows or columns together. ValueError for families that torch-pruning cannot trace."""
-    example = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=model.device), "use_cache": False}
-    # Norms are not of nn's own; a single number, as Apertus' activation has, loses nothing.
-    others = (module for module in model.modules() if not isinstance(module, nn.Linear))
-    norms = [p for module in others for p in module.parameters(recurse=False) if p.dim() == 1 < p.numel()]
+def _dependencies(model: nn.Module, block: nn.Module) -> torch_pruning.DependencyGraph:
+    """Which layers of a model with this one block lose rows or columns together.
+
+    ValueError for families that torch-pruning cannot trace.
+    """
+    config = model.config.get_text_config()
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
     try:
+        decoder_blocks(model, 0).append(block)
+        example = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=model.device), "use_cache": False}
+        # Norms are not of nn's own; a single number, as Apertus' activation has, loses nothing.
+        others = (module for module in model.modules() if not isinstance(module, nn.Linear))
+        norms = [p for module in others for p in module.parameters(recurse=False) if p.dim() == 1 < p.numel()]
         with torch.enable_grad():
             return torch_pruning.DependencyGraph().build_dependency(
                 model,
@@ -155,20 +201,22 @@ def _dependencies(model: nn.Module) -> torch_pruning.DependencyGraph:
             )
     except Exception as error:
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}, so it cannot be narrowed.") from error
+    finally:
+        config.num_hidden_layers = layers
+        del decoder_blocks(model, 1)[:]
 
 
-def _feed_forward(model: nn.Module, statistics: dict[str, Statistic]) -> list[tuple[str, nn.Linear, nn.Linear]]:
-    """Of every block: name of its down_proj, that layer, and one that feeds it. ValueError unless each has just one."""
+def _feed_forward(model: nn.Module) -> set[str]:
+    """Names of every block's down_proj. ValueError unless each has just one, with what feeds it."""
     linears, width = dict(iter_linears(model)), getattr(model.config.get_text_config(), "intermediate_size", None)
-    layers = []
+    downs = set()
     for name, down in linears.items():
         feeding = [linears.get(name.removesuffix("down_proj") + part) for part in ("gate_proj", "up_proj")]
-        entrance = next((linear for linear in feeding if linear is not None), None)
-        if name.endswith("down_proj") and name in statistics and entrance is not None and down.in_features == width:
-            layers.append((name, down, entrance))
-    if len(layers) != len(decoder_blocks(model)):
+        if name.endswith("down_proj") and any(feeding) and down.in_features == width:
+            downs.add(name)
+    if len(downs) != len(decoder_blocks(model)):
         raise ValueError(
             f"The feed-forward layers of {type(model).__name__} cannot be narrowed: that takes one down_proj in each "
             "block with an up_proj before it, all as wide as the configuration says (no experts, no fused layers)."
         )
-    return layers
+    return downs

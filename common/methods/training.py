@@ -1,7 +1,7 @@
 """Training a student with `transformers.Trainer`: data, loss, validation and checkpoints."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,18 @@ from common.methods.head_loss import DIVERGENCES, cross_entropy_and_gradient, he
 from common.methods.output_head import output_head, require_output_head
 from common.methods.proofs import require_same_when_loaded
 from common.methods.soft_labels import WindowDataset
+
+# Float32 weights and gradients are 8 bytes; the two moments another 8, or 2 where bitsandbytes keeps them in 8 bits.
+BYTES_PER_PARAMETER = {"adamw_torch_fused": 16, "adamw_8bit": 10}
+
+
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `transformers` calls so, for a loop of one's own."""
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, learning_rate)
+    return torch.optim.AdamW(parameters, learning_rate, fused=True)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class DistillationTrainer(Trainer):
         arguments.use_cache = getattr(student.config, "use_cache", False)  # else Trainer writes False into the student
         super().__init__(student, arguments, data_collator=data.collate, **given)
         self.remove_callback(PrinterCallback)
+        if arguments.gradient_checkpointing:  # here already, for who computes a step without `train`
+            self.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         self.objective, self.compute_dtype, self.teacher = objective, dtype, teacher
         self.against = against
         self.bodies: dict[nn.Module, Callable[[Tensor], Tensor]] = {}  # of models in training, by model
@@ -153,7 +167,8 @@ class DistillationTrainer(Trainer):
             hidden, relations = out.last_hidden_state, last_relations(model, out.hidden_states[-2])
         else:
             if model not in self.bodies:
-                self.bodies[model] = graphed_body(model, ids)
+                recomputed = model.training and self.args.gradient_checkpointing  # which no graph can hold
+                self.bodies[model] = Body(model) if recomputed else graphed_body(model, ids)
             hidden, relations = self.bodies[model](ids), None
         return hidden[:, :-1].flatten(0, 1), relations
 
@@ -189,8 +204,14 @@ def training_arguments(
     on_cpu: bool,
     checkpoints: int = 0,
     weight_decay: float = 0.1,
+    optimizer: str = "adamw_torch_fused",
+    gradient_checkpointing: bool = False,
 ) -> TrainingArguments:
-    """AdamW with warm-up over a tenth of the steps and cosine decay to zero."""
+    """AdamW with warm-up over a tenth of the steps and cosine decay to zero.
+
+    optimizer: transformers' name of another one, such as "adamw_8bit" (bitsandbytes). gradient_checkpointing: compute
+    activations again in the backward pass instead of keeping them.
+    """
     return OneCard(
         output_dir=str(folder),
         run_name=name,
@@ -202,7 +223,9 @@ def training_arguments(
         weight_decay=weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        optim="adamw_torch_fused",
+        optim=optimizer,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
         seed=seed,
         use_cpu=on_cpu,
         eval_strategy="steps" if evaluations else "no",

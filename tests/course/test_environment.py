@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.course import environment
-from common.course.environment import peak_memory
+from common.course import environment, memory
+from common.course.memory import peak_memory
 from common.course.settings import ROOT, load_settings
 
 
@@ -90,11 +90,52 @@ def test_gpu_memory_cap(monkeypatch, limit, expected):
     fractions = []
     monkeypatch.setenv("COURSE_GPU_MEMORY", limit)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    card = type("Card", (), {"total_memory": 80 * environment.GIB})()
+    card = type("Card", (), {"total_memory": 80 * memory.GIB})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    environment.cap_gpu_memory()
+    memory.cap_gpu_memory()
     assert fractions == ([] if expected is None else [pytest.approx(expected)])
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(gibibytes, allocated=0): PyTorch sees a GPU of this size, with nothing else on it."""
+
+    def make(size: float, allocated: float = 0):
+        total, used = int(size * memory.GIB), int(allocated * memory.GIB)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        card = type("Card", (), {"total_memory": total})()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total - used, total))
+        for name in ("memory_allocated", "memory_reserved"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: used)
+
+    monkeypatch.delenv("COURSE_GPU_MEMORY", raising=False)
+    return make
+
+
+def test_auto_goes_by_the_model_where_it_fills_the_card(card, monkeypatch, capsys):
+    sizes = {"embedded": 0.25, "7b": 12.6}
+    monkeypatch.setattr(environment, "model_bytes", lambda spec: sizes[spec] * memory.GIB)
+    card(16)
+    assert environment.choose_profile("auto", "embedded") == "gpu" and capsys.readouterr().out == ""
+    assert environment.choose_profile("auto", "7b") == "gpu16"
+    assert capsys.readouterr().out == "profile gpu16: in 16 bits this model is 12.6 GiB, the card has 16\n"
+    assert environment.choose_profile("gpu", "7b") == "gpu", "who names a profile gets it"
+    card(139)
+    assert environment.choose_profile("auto", "7b") == "gpu"
+    monkeypatch.setenv("COURSE_GPU_MEMORY", "15")
+    assert environment.choose_profile("auto", "7b") == "gpu16", "a large card that imitates a small one"
+
+
+def test_what_does_not_fit_is_refused_under_the_cap_too(card, monkeypatch, capsys):
+    device = torch.device("cuda")
+    card(139, allocated=5)
+    memory.require_memory(20 * memory.GIB, "It", device)
+    monkeypatch.setenv("COURSE_GPU_MEMORY", "15")
+    assert memory.fits(9 * memory.GIB, "It", device) and capsys.readouterr().out == ""
+    assert not memory.fits(11 * memory.GIB, "It", device)
+    assert "Left out: It needs about 11.0 GiB on the cuda and 10.0 GiB are free" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -111,6 +152,6 @@ def test_the_first_cell_of_a_notebook_prints_nothing_to_stderr():
 
 def test_peak_memory_is_the_process_own_and_not_that_of_the_program_that_started_it():
     held = np.ones(2**28)  # 2 GiB here; what starts now inherits them in its `ru_maxrss`
-    code = "from common.course.environment import peak_memory; print(peak_memory())"
+    code = "from common.course.memory import peak_memory; print(peak_memory())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 2**26 < int(said.stdout) < held.nbytes < peak_memory()

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from common.course import settings
-from common.course.settings import PROFILES, labs, load_settings, resolve_profile, seed_everything, slug, work_folder
+from common.course.settings import (
+    LARGE,
+    PROFILES,
+    labs,
+    load_settings,
+    resolve_profile,
+    seed_everything,
+    slug,
+    work_folder,
+)
 
 
 @pytest.fixture
@@ -63,6 +72,7 @@ def test_gpu_profile_with_a_gpu(gpu):
     loaded = load_settings("quantization", "gpu")
     assert loaded.device == torch.device("cuda")
     assert loaded.dtype == torch.bfloat16
+    assert load_settings("quantization", LARGE).device == torch.device("cuda")
     assert load_settings("quantization", "cpu").device == torch.device("cpu"), "the CPU profile keeps to the CPU"
 
 
@@ -76,6 +86,14 @@ def test_dtype_follows_the_processor(no_gpu, monkeypatch):
         able = {"avx512_bf16": avx, "amx_bf16": amx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert loaded.dtype == expected
+
+
+def test_the_profile_of_large_models_states_only_what_differs(gpu, table):
+    usual, large = load_settings("quantization", "gpu").values(), load_settings("quantization", LARGE).values()
+    assert usual.keys() == large.keys()
+    assert large["study_blocks"] < usual["study_blocks"] and large["seqlen"] == usual["seqlen"]
+    table("seqlen", 'seqlen = { all = 512, gpu16 = 256, doc = "changed" }')
+    assert [load_settings("quantization", name).seqlen for name in PROFILES] == [512, 512, 512, 256]
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -104,7 +122,7 @@ def test_rows_have_a_value_for_every_profile_or_one_for_all(lab):
     assert set(table) == {"shared", *labs()}
     assert not table["shared"].keys() & table[lab].keys(), "a lab must not quietly override a shared value"
     for name, row in (table["shared"] | table[lab]).items():
-        assert row.keys() in ({"all", "doc"}, {*PROFILES, "doc"}), name
+        assert row.keys() - {LARGE} in ({"all", "doc"}, {*PROFILES, "doc"} - {LARGE}), name
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import torch
 from test_blocks import tiny
 
 from common.methods.blocks import collect
-from common.methods.compensation import Hessian, output_error
+from common.methods.compensation import output_error
 from common.methods.importance import InputNorms
 from common.methods.structured import (
     activation,
     block_influence,
     drop_blocks,
     narrow_ffn,
+    only_blocks,
     reconstruct,
     width_as_small_as,
 )
@@ -56,7 +57,7 @@ def test_a_shorter_model_generates_with_its_cache_and_survives_saving(llama, win
 
 def test_a_narrow_ffn_equals_the_wide_one_with_those_units_silenced(llama, windows, tmp_path):
     statistics = collect(llama, windows, InputNorms)
-    narrow = narrow_ffn(llama, 96, statistics)
+    narrow = narrow_ffn(llama, 96, windows)
     assert {block.mlp.down_proj.in_features for block in narrow.model.layers} == {96}
     with torch.no_grad():
         for name, statistic in statistics.items():
@@ -70,8 +71,18 @@ def test_a_narrow_ffn_equals_the_wide_one_with_those_units_silenced(llama, windo
 
 
 def test_full_width_changes_nothing(llama, windows):
-    same = narrow_ffn(llama, 128, collect(llama, windows, InputNorms))
+    same = narrow_ffn(llama, 128, windows)
     assert torch.equal(same(windows).logits, llama(windows).logits)
+
+
+def test_the_model_with_only_some_blocks_is_the_shorter_one_and_then_itself_again():
+    model, windows = tiny("qwen2, sliding window in some blocks"), torch.arange(24)[None]
+    shorter, config = drop_blocks(model, [0]), str(model.config)
+    with torch.no_grad():
+        whole = model(windows).logits
+        with only_blocks(model, [1, 2]) as same:
+            assert torch.equal(same(windows, use_cache=False).logits, shorter(windows, use_cache=False).logits)
+        assert torch.equal(model(windows).logits, whole) and str(model.config) == config
 
 
 @pytest.mark.parametrize("dropped", [[3], [-1], [0, 1, 2]])
@@ -83,7 +94,7 @@ def test_impossible_blocks_are_refused(llama, dropped):
 @pytest.mark.parametrize("width", [0, 129])
 def test_impossible_widths_are_refused(llama, windows, width):
     with pytest.raises(ValueError, match="present 128 hidden units"):
-        narrow_ffn(llama, width, collect(llama, windows, InputNorms))
+        narrow_ffn(llama, width, windows)
 
 
 def test_weights_that_are_quantized_already_are_refused_by_name(llama):
@@ -130,26 +141,24 @@ def test_a_unit_that_another_repeats_costs_nothing_once_the_rest_makes_up_for_it
             block.mlp.gate_proj.weight[-1] = block.mlp.gate_proj.weight[0]
             block.mlp.up_proj.weight[-1] = block.mlp.up_proj.weight[0]
             block.mlp.down_proj.weight[:, -1] = 1e-3 * block.mlp.down_proj.weight[:, -1]
-        statistics = collect(llama, windows, Hessian)
-        plain, compensated = (narrow_ffn(llama, 127, statistics, compensate=c) for c in (False, True))
+        plain, compensated = (narrow_ffn(llama, 127, windows, compensate=c) for c in (False, True))
         logits = llama(windows).logits
         lost = [(model(windows).logits - logits).norm() / logits.norm() for model in (plain, compensated)]
     assert lost[1] < lost[0]
 
 
 def test_importances_rank_differently(llama, windows):
-    statistics = collect(llama, windows, InputNorms)
     with torch.no_grad():
         for block in llama.model.layers:
             block.mlp.down_proj.weight[:, :64] *= 100
-        by_output = narrow_ffn(llama, 64, statistics)
-        by_activation = narrow_ffn(llama, 64, statistics, importance=activation)
+        by_output = narrow_ffn(llama, 64, windows)
+        by_activation = narrow_ffn(llama, 64, windows, importance=activation)
     assert all((block.mlp.down_proj.weight.abs().amax(0) > 3).all() for block in by_output.model.layers)
     assert not all((block.mlp.down_proj.weight.abs().amax(0) > 3).all() for block in by_activation.model.layers)
 
 
 def test_width_and_depth_of_equal_size(make_llama, windows):
     llama = make_llama(intermediate_size=512)
-    narrow = narrow_ffn(llama, width_as_small_as(llama, 1), collect(llama, windows, InputNorms))
+    narrow = narrow_ffn(llama, width_as_small_as(llama, 1), windows)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (narrow, drop_blocks(llama, [0]))]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)

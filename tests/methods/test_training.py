@@ -28,6 +28,7 @@ from common.methods.training import (
     Objective,
     WindowDataset,
     history,
+    make_optimizer,
     save_student,
     training_arguments,
 )
@@ -381,3 +382,41 @@ def test_soft_labels_hold_tokens_only_and_baselines_of_another_padding_compare(t
     evaluate(teacher, text, keep=against)
     q, p = (model(input_ids=text).logits[:, :-1, :264].flatten(0, 1) for model in (student, teacher))
     assert evaluate(student, text, against=against).kl == pytest.approx(kd_loss(q, p, 1.0).item() / len(q), rel=1e-4)
+
+
+def test_the_ways_to_save_memory_train_the_same(tmp_path, llama, text, labels):
+    """8-bit moments and activations that are computed again: the losses of full AdamW, but for rounding."""
+    data, losses = WindowDataset(text, labels), {}
+    ways = {"full": {}, "recomputed": {"gradient_checkpointing": True}, "8 bits": {"optimizer": "adamw_8bit"}}
+    for way, options in ways.items():
+        trained = trainer(tmp_path / way.replace(" ", "-"), llama, data, checkpoints=0, **options)
+        trained.train()
+        losses[way] = torch.tensor(list(history(trained, "loss").values()))
+    torch.testing.assert_close(losses["recomputed"], losses["full"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["8 bits"], losses["full"], rtol=0.05, atol=0.05)
+    assert losses["full"][-1] < losses["full"][0]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_8bit"])
+def test_an_optimizer_for_a_loop_of_ones_own(name):
+    weight = torch.nn.Parameter(torch.ones(128, 128))
+    optimizer = make_optimizer(name, [weight], 0.1)
+    weight.square().sum().backward()
+    optimizer.step()
+    assert (weight < 1).all()
+    moments = [value for value in optimizer.state[weight].values() if getattr(value, "shape", None) == weight.shape]
+    assert {moment.element_size() for moment in moments} == {1 if name == "adamw_8bit" else 4}
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same(llama, text):
+    from common.methods.head_loss import cross_entropy_and_gradient, head_loss
+    from common.methods.output_head import output_head
+
+    hidden = torch.randn(30, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels, found = text.flatten()[:30], []
+    for frozen in (False, True):
+        llama.requires_grad_(not frozen)
+        llama.zero_grad()
+        loss = head_loss(hidden, output_head(llama), cross_entropy_and_gradient, labels)
+        found.append(torch.autograd.grad(loss, hidden)[0])
+    assert torch.equal(*found)

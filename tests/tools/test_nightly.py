@@ -51,7 +51,7 @@ def test_the_steps_name_what_exists():
     for target in sorted(set(re.findall(r"make (\w+)", text))):
         subprocess.run(["make", "-n", target, "NOTEBOOK=01"], cwd=ROOT, check=True, capture_output=True, timeout=60)
     modules = re.findall(r"python -m (tools\.\w+)", text)
-    assert modules == ["tools.drift"]
+    assert modules == ["tools.drift", "tools.by_model"]
     for module in modules:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
 
@@ -104,18 +104,20 @@ def test_a_failing_notebook_fails_the_step_and_is_in_the_log(tmp_path):
     assert (tmp_path / ".work" / "run.log").read_text(encoding="utf-8") == "broken\n"
 
 
-def test_llama_needs_a_token(tmp_path):
-    (script,) = commands("llama")
+def test_llama_needs_a_token_and_the_small_model_does_not(tmp_path):
+    script, _ = commands("llama")
     programs = {"bin/make": ""}
-    environment = {"TEACHER": "a/teacher", "STUDENT": "a/student"}
+    environment = {"TEACHER": "a/teacher", "STUDENT": "a/student", "SMALL": "a/small"}
     without = execute(script, tmp_path, programs, HF_TOKEN="", **environment)
-    assert (without.returncode, called(tmp_path)) == (0, [])
-    assert without.stdout.startswith("::notice::")
+    small = "make labs GPU_MEMORY=15 MODEL=a/small LIMIT=36000"
+    assert (without.returncode, called(tmp_path)) == (0, [small])
+    assert "::notice::" in without.stdout
     assert execute(script, tmp_path, programs, HF_TOKEN="secret", **environment).returncode == 0
-    assert called(tmp_path) == [
-        "make labs LAB=3.1 PROFILE=gpu MODEL=a/teacher LIMIT=36000",
-        "make labs LAB=3.2 PROFILE=gpu MODEL=a/teacher LIMIT=36000",
-        "make labs LAB=3.3 PROFILE=gpu MODEL=a/teacher STUDENT=a/student LIMIT=36000",
+    assert called(tmp_path)[1:] == [
+        small,
+        "make labs LAB=3.1 GPU_MEMORY=15 MODEL=a/teacher LIMIT=36000",
+        "make labs LAB=3.2 GPU_MEMORY=15 MODEL=a/teacher LIMIT=36000",
+        "make labs LAB=3.3 GPU_MEMORY=15 MODEL=a/teacher STUDENT=a/student LIMIT=36000",
     ]
     assert execute(script, tmp_path, programs | {"bin/make": "exit 2"}, HF_TOKEN="x", **environment).returncode == 2
 

@@ -44,3 +44,14 @@ def test_four_bits_are_packed_as_awq_packs_them(make):
 def test_unknown_shapes_and_bits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="4 or 16 bits and one of the shapes llama-2-7b"):
         stand_in.make_stand_in("llama-3", tmp_path)
+
+
+def test_the_small_ones_have_the_ratios_of_the_published_ones():
+    small = {shape: stand_in.shrunk(assets.SHAPES[shape]) for shape in ("llama-2-7b", "tinyllama-1.1b")}
+    assert len({config.num_attention_heads for config in small.values()}) == 1, "MiniLM compares heads one to one"
+    for shape, config in small.items():
+        published = assets.SHAPES[shape]
+        assert config.head_dim * config.num_attention_heads == config.hidden_size == published.hidden_size // 16
+        ratio = published.intermediate_size / published.hidden_size
+        assert config.intermediate_size / config.hidden_size == pytest.approx(ratio, rel=0.1)
+        assert config.intermediate_size % 64 == 0 and config.num_attention_heads % config.num_key_value_heads == 0

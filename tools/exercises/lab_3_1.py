@@ -1,7 +1,7 @@
 """Exercises of Lab 3.1, with solutions: see `tools.exercises.master` for the form of this file."""
 
 # %% markdown
-# # Lab 3.1 練習：親手寫出量化
+# # Lab 3.1 練習：親手寫出量化 (Exercises)
 #
 # 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 相同。每題有四格（第 8 題多一個給你的函式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。
 #
@@ -275,7 +275,7 @@ def half_the_bytes(pack, unpack, rng):
 try_out(STUDENT, [pack, unpack], as_the_format_has_it, unpacks, half_the_bytes)
 
 # %% markdown hessian
-# ## 4 · 由激活值算 Hessian · {points} 分 · 10 分鐘
+# ## 4 · 由激活值算 Hessian (From activations) · {points} 分 · 10 分鐘
 #
 # 一層的輸出誤差 $\lVert X\Delta W^\top\rVert^2$（X 是 [n, in]）對權重的曲率是 $H=\tfrac{2}{n}X^\top X$，n 是**所有** token 的個數。校準資料分批來，每批 [batch, seqlen, in]，批的大小不同：不要存下激活值，邊看邊累加。
 #

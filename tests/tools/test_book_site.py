@@ -26,7 +26,7 @@ def _kind(file: Path) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def to_open(site: Path) -> list[Path]:
-    """Every page; of those that show a file of code or of records, the longest of each kind: the rest differ in text."""
+    """Every page; of those that show a file of code or records, the longest of each kind: the rest differ in text."""
     shown = sorted((site / SOURCE).rglob("*.html"), key=lambda file: file.stat().st_size)
     longest = {_kind(file): file for file in shown}
     return sorted({*site.rglob("*.html")} - {*shown} | {*longest.values()})

@@ -79,7 +79,9 @@ def test_results_and_aims_say_the_same_figures_tables_and_links(page):
 
 
 def test_the_two_homes_show_the_same_tables():
-    named = [{m[2] for m in tables.REGION.finditer((ROOT / name).read_text())} for name in ("README.md", "README.en.md")]
+    named = [
+        {m[2] for m in tables.REGION.finditer((ROOT / name).read_text())} for name in ("README.md", "README.en.md")
+    ]
     assert named[0] == named[1]
 
 

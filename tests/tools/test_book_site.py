@@ -16,6 +16,7 @@ from tools import tables
 from tools.book.links import SOURCE
 
 pytestmark = pytest.mark.slow
+LAB = "03-Model_Compression/Lab-3.1-Quantization"
 
 
 def _kind(file: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -158,7 +159,21 @@ def test_the_english_door_keeps_the_place(site, page):
     page.wait_for_timeout(200)
     page.locator("a.language").click()
     page.wait_for_url("**/README.en.html#what-it-measured")
-    open_page(page, site / "03-Model_Compression/Lab-3.1-Quantization/02-Quantize.html")
+    open_page(page, site / LAB / "README.html", "#42-本課程的實測結果")
+    page.wait_for_timeout(200)
+    page.locator("a.language").click()
+    page.wait_for_url("**/README.en.html#results")
+    assert page.locator("article [lang=en]").count() == 1
+    page.wait_for_timeout(200)
+    page.locator("a.language").click()
+    page.wait_for_function("decodeURIComponent(location.hash) === '#42-本課程的實測結果'")
+
+
+def test_headings_are_shown_in_english_everywhere_once_asked_for(site, page):
+    page.set_viewport_size({"width": 1280, "height": 800})
+    open_page(page, site / LAB / "02-Quantize.html")
     page.locator("button.language").click()
     titles = page.locator("article h1, article h2").all_inner_texts()
     assert any("Step 2: Round-to-nearest, RTN" in title for title in titles), titles
+    open_page(page, site / LAB / "Exercises.html")
+    assert any("1: A grid for one group · 5 points · 5 min" in t for t in page.locator("article h2").all_inner_texts())

@@ -38,7 +38,7 @@ ENTRIES = {
     "rtn-asym": Entry("RTN 4-bit g64 asym", "四捨五入，非對稱", QuantizeConfig(mse=False, desc_act=False)),
     "gptq-short": Entry("GPTQ 4-bit g64, 2k", "GPTQ、act-order、非對稱", QuantizeConfig(mse=False), 16, 128),
     "gptq": Entry("GPTQ 4-bit g64, 32k", "GPTQ、act-order、MSE 截斷、非對稱（3.1-02 的設定）", QuantizeConfig(), 64),
-    "gptaq": Entry("GPTAQ 4-bit g64, 64k", "GPTAQ，其餘同上，校準用滿", QuantizeConfig(), 128, quantize=gptaq_model),
+    "gptaq": Entry("GPTAQ 4-bit g64, 32k", "GPTAQ，其餘同 GPTQ 32k", QuantizeConfig(), 64, quantize=gptaq_model),
 }
 
 

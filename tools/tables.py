@@ -184,8 +184,9 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
 
 
 def documents() -> list[Path]:
-    """Every Markdown document of the course."""
-    return [*ROOT.glob("*.md"), *sorted((ROOT / "03-Model_Compression").rglob("*.md"))]
+    """Every Markdown document of the course, and the book's own pages."""
+    folders = [ROOT / "book", ROOT / "03-Model_Compression"]
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in sorted(folder.rglob("*.md")))]
 
 
 def main() -> None:

@@ -18,5 +18,8 @@ def require_sphinx() -> None:
 def open_page(page, file: Path, query: str = "") -> None:
     """Open a file of the book, and wait until its diagrams and formulas are drawn."""
     page.goto(file.as_uri() + query, wait_until="load")
-    page.wait_for_function("!document.querySelector('pre.mermaid') || document.documentElement.dataset.diagrams")
-    page.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise")
+    page.evaluate("""async () => {
+        if (window.MathJax) await MathJax.startup?.promise;
+        while (document.querySelector("pre.mermaid") && !document.documentElement.dataset.diagrams)
+            await new Promise(requestAnimationFrame);
+    }""")

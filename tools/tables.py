@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 from common.course.settings import ROOT, slug
@@ -16,31 +17,10 @@ from common.measure.results import protocol_hash, read, write
 from tools import families, large, provenance
 from tools.exercises import trials
 from tools.speedrun import board
+from tools.wording import CHINESE, Wording, wording
 
 COMMITTED = ROOT / "results"
 TABLES = COMMITTED / "tables.toml"
-WORDS = {  # of a protocol, for the line under a table
-    "corpus": "語料",
-    "split": "切分",
-    "seqlen": "視窗長度",
-    "windows": "測試視窗",
-    "nsamples": "校準視窗",
-    "dtype": "型別",
-    "against": "對照",
-    "context": "脈絡長度",
-    "batch": "批次",
-    "steps": "步數",
-    "tokens": "token 數",
-    "items": "題數",
-    "task": "任務",
-    "chance": "瞎猜",
-    "what": "大小的定義",
-    "sparsity": "稀疏度",
-    "bits": "位元數",
-    "shape": "形狀",
-    "runs": "次數",
-    "seed": "種子",
-}
 MOST_COLUMNS = 6  # of a table that is read in a document
 OWN = {"families": families.table, "exercises": trials.table, "speedrun": board.table, "large": large.table}
 REGION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -89,7 +69,7 @@ def _belongs(record: dict, name: str, column: dict) -> bool:
     return record["key"] == column.get("key", name) and where.items() <= record["protocol"].items()
 
 
-def render_table(spec: dict, records: list[dict]) -> str:
+def render_table(spec: dict, records: list[dict], words: Wording = CHINESE) -> str:
     """Markdown tables: a row per artifact, a column per key. Missing figures are shown as a dash.
 
     Several devices stand side by side where that makes at most MOST_COLUMNS, else each has a table of its own.
@@ -99,24 +79,37 @@ def render_table(spec: dict, records: list[dict]) -> str:
     """
     chosen = _select(records, spec)
     if not chosen:
-        return "（尚無紀錄：執行 `make record` 後產生。）\n"
+        return words.none
     columns = [
         (key, device)
         for key, column in spec["columns"].items()
         for device in sorted({r["device"] for r in chosen if _belongs(r, key, column)})
     ]
+    spec = _in(words, spec)
     cells = _cells(spec, chosen, columns)
     devices = sorted({device for _, device in columns})
     if len(devices) > 1 and len(columns) + 1 <= MOST_COLUMNS:
-        heads = [f"{spec['columns'][key]['title']}（{device}）" for key, device in columns]
-        return f"{_rows(spec, heads, columns, cells)}\n\n*{spec['title']}。{_caption(chosen)}*\n"
+        heads = [words.column.format(title=spec["columns"][key]["title"], device=device) for key, device in columns]
+        below = words.below.format(title=spec["title"], caption=_caption(chosen, words))
+        return f"{_rows(spec, heads, columns, cells)}\n\n*{below}*\n"
     parts = []
     for device in devices:
         mine = [column for column in columns if column[1] == device]
         heads = [spec["columns"][key]["title"] for key, _ in mine]
-        below = _caption([r for r in chosen if r["device"] == device])
-        parts.append(f"**{device}**：{spec['title']}。\n\n{_rows(spec, heads, mine, cells)}\n\n*{below}*\n")
+        below = _caption([r for r in chosen if r["device"] == device], words)
+        above = words.device.format(device=device, title=spec["title"])
+        parts.append(f"{above}\n\n{_rows(spec, heads, mine, cells)}\n\n*{below}*\n")
     return "\n".join(parts)
+
+
+def _in(words: Wording, spec: dict) -> dict:
+    """A table with its labels in a language."""
+    columns = {
+        key: column | {"title": words.of(column["title"]), "format": words.of(column["format"])}
+        for key, column in spec["columns"].items()
+    }
+    rows = {artifact: words.of(label) for artifact, label in spec["rows"].items()}
+    return spec | {"title": words.of(spec["title"]), "head": words.of(spec["head"]), "columns": columns, "rows": rows}
 
 
 def _cells(spec: dict, chosen: list[dict], columns: list[tuple[str, str]]) -> dict[tuple[str, str, str], str]:
@@ -147,29 +140,29 @@ def _rows(spec: dict, heads: list[str], columns: list[tuple[str, str]], cells: d
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _caption(chosen: list[dict]) -> str:
+def _caption(chosen: list[dict], words: Wording) -> str:
     """Where the table's numbers come from, computed from its records."""
     dates = sorted({r["date"] for r in chosen})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} 至 {dates[-1]}"
+    span = dates[0] if len(dates) == 1 else words.span.format(first=dates[0], last=dates[-1])
     stated: dict[str, dict] = {}
     for name, value in ((name, value) for r in chosen for name, value in r["protocol"].items()):
         stated.setdefault(name, {})[str(value).removeprefix("torch.")] = None
-    said = "、".join(f"{WORDS.get(name, name)} {' / '.join(values)}" for name, values in stated.items())
-    protocol = f"協定：{said}。" if said else ""
-    return f"{protocol}來源：`results/`，{span} 執行。{_mixed(chosen)}"
+    said = words.comma.join(f"{words.names.get(name, name)} {' / '.join(values)}" for name, values in stated.items())
+    protocol = words.protocol.format(said=said) if said else ""
+    return f"{protocol}{words.source.format(span=span)}{_mixed(chosen, words)}"
 
 
-def _mixed(chosen: list[dict]) -> str:
+def _mixed(chosen: list[dict], words: Wording) -> str:
     """A sentence where the rows are not of one code, or not of one set of libraries; "" where they are."""
     codes: dict[tuple, set[str]] = {}
     for r in chosen:
         codes.setdefault((r["notebook"], r["profile"], r["device"]), set()).add(r.get("code"))
     several = sorted({device for (_, _, device), found in codes.items() if len(found) > 1})
-    versions = {name: {r["versions"].get(name, "無") for r in chosen} for name in chosen[0]["versions"]}
+    versions = {name: {r["versions"].get(name, words.lacking) for r in chosen} for name in chosen[0]["versions"]}
     differ = [f"{name} {' / '.join(sorted(found))}" for name, found in versions.items() if len(found) > 1]
-    said = [f"程式的指紋不只一個（{'、'.join(several)}）"] if several else []
-    said += [f"套件版本不一：{'，'.join(differ)}"] if differ else []
-    return f"⚠️ {'；'.join(said)}。" if said else ""
+    said = [words.codes.format(devices=words.comma.join(several))] if several else []
+    said += [words.versions.format(found=words.clause.join(differ))] if differ else []
+    return words.warning.format(said=words.part.join(said)) if said else ""
 
 
 def render(documents: list[Path], check: bool = False) -> list[Path]:
@@ -177,18 +170,13 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
     tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
     records, changed = committed(), []
 
-    def fill(match: re.Match) -> str:
-        own = {
-            "families": families.table,
-            "exercises": trials.table,
-            "speedrun": board.table,
-            "large": large.table,
-        }.get(match[2])
-        return match[1] + (own() if own else render_table(tables[match[2]], records)) + match[3]
+    def fill(match: re.Match, words: Wording) -> str:
+        own = OWN.get(match[2])
+        return match[1] + (own() if own else render_table(tables[match[2]], records, words)) + match[3]
 
     for document in documents:
         text = document.read_text(encoding="utf-8")
-        rendered = REGION.sub(fill, text)
+        rendered = REGION.sub(partial(fill, words=wording(document)), text)
         if rendered != text:
             changed.append(document)
             if not check:
@@ -197,8 +185,9 @@ def render(documents: list[Path], check: bool = False) -> list[Path]:
 
 
 def documents() -> list[Path]:
-    """Every Markdown document of the course."""
-    return [*ROOT.glob("*.md"), *sorted((ROOT / "03-Model_Compression").rglob("*.md"))]
+    """Every Markdown document of the course, and the book's own pages."""
+    folders = [ROOT / "book", ROOT / "03-Model_Compression"]
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in sorted(folder.rglob("*.md")))]
 
 
 def main() -> None:

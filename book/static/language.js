@@ -1,8 +1,11 @@
-// The English door. Between the two first pages: to the section that says the same. Elsewhere: headings in English.
+// The English door. Between a page and its English one: to the section that says the same. Elsewhere: headings in
+// English, which an English page has always; it has no button.
 (() => {
   "use strict";
-  const BILINGUAL = /^(.*?)\s*\(([A-Za-z][^()]*(?:\([^()]*\)[^()]*)*)\)\s*$/s;
-  const English = () => localStorage.getItem("headings") === "en";
+  const BILINGUAL = /^(.*?)\s*\(([A-Za-z\d][^()]*(?:\([^()]*\)[^()]*)*)\)((?: · [^·()]+)*)\s*$/s;
+  const UNITS = [["分鐘", "min"], ["分", "points"], ["一個晚上", "an evening"]]; // of an exercise
+  const button = () => document.querySelector("button.language");
+  const English = () => !button() || localStorage.getItem("headings") === "en";
 
   function headings() {
     const shown = document.querySelectorAll("article h1, article h2, article h3, article h4, .toc-tree a, .sidebar-tree a");
@@ -12,9 +15,10 @@
         const whole = text.map((node) => node.textContent).join("").trim();
         const found = whole.match(BILINGUAL);
         if (!found || text.length !== 1) continue;
-        const label = (found[1].match(/^(?:Step|Lab|第)[\s\d.]+(?:· \d+)?(?:章)?/) || [""])[0].replace(/^第\s*([\d.]+)\s*章/, "Chapter $1");
+        const label = (found[1].match(/^(?:(?:Step|Lab|第)[\s\d.]+(?:· \d+)?(?:章)?|\d+(?= ·))/) || [""])[0].replace(/^第\s*([\d.]+)\s*章/, "Chapter $1");
+        const rest = UNITS.reduce((said, [chinese, english]) => said.replace(chinese, english), found[3]);
         element.dataset.chinese = whole;
-        element.dataset.english = label ? `${label.trim()}: ${found[2]}` : found[2];
+        element.dataset.english = (label ? `${label.trim()}: ${found[2]}` : found[2]) + rest;
       }
       text[0].textContent = English() ? element.dataset.english : element.dataset.chinese;
       element.lang = English() ? "en" : "zh-Hant-TW";
@@ -33,15 +37,16 @@
   document.addEventListener("DOMContentLoaded", () => {
     const link = document.querySelector("a.language");
     if (link) place(link, JSON.parse(link.dataset.sections));
-    const button = document.querySelector("button.language");
-    if (!button) return;
+    headings();
+    const pressed = button();
+    if (!pressed) return;
     const show = () => {
-      button.setAttribute("aria-pressed", String(English()));
-      button.textContent = English() ? "中文標題" : "English headings";
-      button.lang = English() ? "zh-Hant-TW" : "en";
+      pressed.setAttribute("aria-pressed", String(English()));
+      pressed.textContent = English() ? "中文標題" : "English headings";
+      pressed.lang = English() ? "zh-Hant-TW" : "en";
       headings();
     };
-    button.addEventListener("click", () => {
+    pressed.addEventListener("click", () => {
       localStorage.setItem("headings", English() ? "zh" : "en");
       show();
     });

@@ -45,7 +45,7 @@
 
   function byDevice(table) {
     const heads = [...table.tHead.rows[0].cells];
-    const device = heads.map((head) => (head.textContent.trim().match(/（([^（）]*(?:CPU|NVIDIA|GPU )[^（）]*)）$/) || [])[1] || "");
+    const device = heads.map((head) => (head.textContent.trim().match(/[（(]([^（）()]*(?:CPU|NVIDIA|GPU )[^（）()]*)[）)]$/) || [])[1] || "");
     const devices = [...new Set(device.filter(Boolean))];
     if (devices.length < 2) return;
     const choice = document.createElement("div");

@@ -5,6 +5,7 @@ what is wrong and not the answer, and may return a sentence with what it measure
 """
 
 import copy
+import importlib.util
 import math
 import traceback
 import zlib
@@ -46,8 +47,18 @@ def untouched(function: Callable) -> Callable:
     return lambda *args, **kwargs: function(*copy.deepcopy(args), **copy.deepcopy(kwargs))
 
 
-def try_out(who: str, functions: list[Callable], *checks: Check) -> None:
-    """Run the checks in a notebook; a line for each, and the points."""
+def lacking(needs: str) -> str:
+    """Why a task that needs a package is skipped here, as a sentence; "" where it is not."""
+    if not needs or importlib.util.find_spec(needs):
+        return ""
+    return f"Skipped: {needs} is not installed. To have it: .venv/bin/pip install {needs}"
+
+
+def try_out(who: str, functions: list[Callable], *checks: Check, needs: str = "") -> None:
+    """Run the checks in a notebook; a line for each, and the points. needs: a package, else all are skipped."""
+    if why := lacking(needs):
+        print(f"➖ {why}")
+        return
     passed: list[Check] = []
     for check in checks:
         try:

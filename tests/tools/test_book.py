@@ -1,4 +1,4 @@
-"""The book's own code: what is in it, links, search terms, glossary, origins, the English door, the set-up cell."""
+"""The book's own code: what is in it, links, search terms, glossary, origins, the set-up cell."""
 
 import re
 import subprocess
@@ -8,11 +8,10 @@ import pytest
 
 from common.course.settings import CHAPTER, ROOT
 from tests.book_tools import require_sphinx
-from tools.documents.markdown import headings
 
 require_sphinx()
 
-from tools.book import contents, english, launch, links, origins, search, terms
+from tools.book import contents, launch, links, origins, search, terms
 
 LAB = CHAPTER / "Lab-3.1-Quantization"
 
@@ -68,15 +67,6 @@ def test_a_table_names_its_records_and_notebooks():
     assert origins.notebook_of("quantization", "03-Inference") == LAB / "03-Inference.ipynb"
     assert origins.of_table("there-is-none") == {}
     assert re.fullmatch(r"[0-9a-f]{7,}|", origins.commit(ROOT / "Makefile"))
-
-
-def test_the_sections_of_the_english_door_exist():
-    titles = {
-        name: {h.text for h in headings((ROOT / name).read_text(encoding="utf-8"))}
-        for name in ("README.md", "README.en.md")
-    }
-    assert set(english.SECTIONS) <= titles["README.md"]
-    assert set(english.SECTIONS.values()) <= titles["README.en.md"]
 
 
 def test_the_setup_cell_is_the_chapters_with_what_the_notebook_needs(monkeypatch):

@@ -26,6 +26,8 @@ def _contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def _context(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
     context["language_pages"] = english.pages()
+    if english.is_english(pagename):
+        context["body"] = f'<div lang="en">{context["body"]}</div>'
 
 
 def _chinese(app: Sphinx) -> None:

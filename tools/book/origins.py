@@ -16,6 +16,7 @@ from common.course.settings import CHAPTER, ROOT
 from common.measure.results import read
 from tools import tables
 from tools.book import launch
+from tools.book.english import is_english
 from tools.book.links import source_page
 
 OPEN = re.compile(r"<!-- results:([\w-]+) -->")
@@ -91,18 +92,25 @@ class Origins(SphinxTransform):
         return line
 
     def _with_commit(self, path: Path, text: str) -> list[nodes.Node | str]:
-        return [self._link(path, text), *([f"（提交 {made}）"] if (made := commit(path)) else [])]
+        return [self._link(path, text), *self._commit(path)]
+
+    def _commit(self, path: Path) -> list[str]:
+        said = " (commit {})" if is_english(self.env.docname) else "（提交 {}）"
+        return [said.format(made)] if (made := commit(path)) else []
 
     def _below_table(self, opened: nodes.raw, key: str) -> None:
         parts: list[nodes.Node | str] = []
+        opening, between, comma, end = "紀錄：", "；", "，", "。"
+        if is_english(self.env.docname):
+            opening, between, comma, end = "Records: ", "; ", ", ", "."
         for file, notebooks in of_table(key).items():
-            parts += ["；" if parts else "紀錄：", *self._with_commit(file, file.relative_to(ROOT).as_posix())]
+            parts += [between if parts else opening, *self._with_commit(file, file.relative_to(ROOT).as_posix())]
             for name in sorted(notebooks):
                 if notebook := notebook_of(file.stem, name):
-                    parts += ["，", self._link(notebook, name)]
+                    parts += [comma, self._link(notebook, name)]
         closing = next((n for n in opened.parent.children[opened.parent.index(opened) :] if CLOSE in n.astext()), None)
         if parts and closing is not None:
-            opened.parent.insert(opened.parent.index(closing), self._line(*parts, "。"))
+            opened.parent.insert(opened.parent.index(closing), self._line(*parts, end))
 
     def _below_figure(self, image: nodes.image) -> None:
         drawn = ROOT / Path(self.env.docname).parent / image["uri"].split("#")[0]
@@ -111,13 +119,11 @@ class Origins(SphinxTransform):
         holder = image.parent
         if drawn.suffix != ".svg" or not script.exists() or not isinstance(holder, nodes.paragraph):
             return
-        line = self._line(
-            "圖由 ",
-            self._link(script, script.name),
-            " 畫出",
-            *([f"（提交 {c}）"] if (c := commit(drawn)) else []),
-            "。",
-        )
+        before, after, end = ("圖由 ", " 畫出", "。")
+        if is_english(self.env.docname):
+            before, after, end = ("Drawn by ", "", ".")
+        drawn_by = [self._link(script, script.name), after, *self._commit(drawn)]
+        line = self._line(before, *drawn_by, end)
         holder.parent.insert(holder.parent.index(holder) + 1, line)
 
     def _at_head(self) -> None:

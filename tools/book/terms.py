@@ -9,6 +9,7 @@ from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
 from common.course.settings import ROOT
+from tools.book.english import is_english
 from tools.documents.markdown import slug, tables_of
 
 GUIDE = ROOT / "WRITING_STYLE_GUIDE.md"
@@ -75,7 +76,7 @@ class FirstUse(SphinxTransform):
 
     def apply(self, **kwargs) -> None:
         here = self.env.docname
-        if here in (GLOSSARY, "README.en"):
+        if here == GLOSSARY or is_english(here):
             return
         unseen = dict(glossary())
         pattern = re.compile("|".join(map(re.escape, sorted(unseen, key=len, reverse=True))))

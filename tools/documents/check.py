@@ -204,6 +204,8 @@ def stale_regions(document: Document) -> list[Finding]:
     except KeyError as key:
         at = next((m.start() for m in opened if m[1] == key.args[0]), 0)
         return [document.finding(at, f"region: results/tables.toml has no table {key}")]
+    except ValueError as error:
+        return [document.finding(0, f"region: {error}")]
     return [document.finding(0, "region: results tables are out of date: make tables")] if changed else []
 
 

@@ -1,9 +1,9 @@
 """Exercises of Lab 3.1, with solutions: see `tools.exercises.master` for the form of this file."""
 
 # %% markdown
-# # Lab 3.1 練習：親手寫出量化
+# # Lab 3.1 練習：親手寫出量化 (Exercises)
 #
-# 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 相同。每題有四格（第 8 題多一個給你的函式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。
+# 共 {points} 分，十二題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 相同。每題有四格（第 8、11 題多一格給你的程式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。
 #
 # **規則**
 #
@@ -275,7 +275,7 @@ def half_the_bytes(pack, unpack, rng):
 try_out(STUDENT, [pack, unpack], as_the_format_has_it, unpacks, half_the_bytes)
 
 # %% markdown hessian
-# ## 4 · 由激活值算 Hessian · {points} 分 · 10 分鐘
+# ## 4 · 由激活值算 Hessian (From activations) · {points} 分 · 10 分鐘
 #
 # 一層的輸出誤差 $\lVert X\Delta W^\top\rVert^2$（X 是 [n, in]）對權重的曲率是 $H=\tfrac{2}{n}X^\top X$，n 是**所有** token 的個數。校準資料分批來，每批 [batch, seqlen, in]，批的大小不同：不要存下激活值，邊看邊累加。
 #
@@ -742,8 +742,120 @@ def reads_them(read_foreign, rng):
 
 try_out(STUDENT, [read_foreign], tells_them_apart, reads_them)
 
+# %% markdown triton
+# ## 11 · 加分題：反量化的乘法 (A Triton dequantizing product) · {points} 分 · 一個晚上
+#
+# 解碼的一步是「矩陣乘一個 token」：$y=\hat W x$。先還原成浮點數的矩陣再乘，4 位元省下的讀取就還回去了；要快，code 得在暫存器裡變成數字，用完就丟。請用 Triton 寫這個核心函式 (kernel)：每個程式算 `ROWS` 個輸出，一個群組一個群組地讀 `words`，拆出八個 code，減零點、乘縮放因子、乘輸入、累加。
+#
+# `words` int32 [out, groups × WORDS]：沿輸入方向每八個 code 一個 int32，最低的四個位元是第一個。`scale`、`zero` [out, groups] 是 float32，`x` [groups × WORDS × 8] 也是。輸出的個數不一定是 `ROWS` 的倍數：最後一個程式要遮住多出來的列，讀與寫都要。這裡用 Triton 的直譯器在 CPU 上跑，不需要 GPU；沒有安裝 Triton 時這一題略過，不計分。
+#
+# 期望：與還原之後再乘相差不到萬分之一（設定）；`out` 後面的記憶體原封不動。
+
+
+# %% given triton
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run in Python, on the CPU
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # then this exercise is skipped
+    from types import SimpleNamespace
+
+    triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=int)
+
+ROWS = 16  # outputs of a program
+
+
+def launch(kernel, x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """What a kernel writes, and what lies behind it up to a multiple of ROWS: NaN where it wrote nothing."""
+    outputs, groups = scale.shape
+    programs = -(-outputs // ROWS)
+    out = torch.full((programs * ROWS,), math.nan)
+    kernel[(programs,)](x, words, scale, zero, out, outputs, groups, ROWS=ROWS, WORDS=words.shape[1] // groups)
+    return out
+
+
+# %% markdown
+# <details><summary>💡 提示</summary>
+#
+# 程式的列是 `tl.program_id(0) * ROWS + tl.arange(0, ROWS)`；第 g 個群組的字是 `g * WORDS + tl.arange(0, WORDS)`，兩者用 `[:, None]` 與 `[None, :]` 張成一塊 [ROWS, WORDS]。第 `place` 個 code 是 `(word >> 4 * place) & 15`：字可能是負的，右移會補 1，所以 `& 15` 不能省。它的輸入在 `8 * 字 + place`。
+#
+# 讀寫都帶 `mask=`；要快的寫法（張量核心、不轉型別）見 `common/methods/int4_kernel.py`。
+#
+# </details>
+
+
+# %% solution triton
+@triton.jit
+def kernel(x, words, scale, zero, out, outputs, groups, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """ROWS outputs of one token; a group is WORDS words of a row."""
+    ### BEGIN SOLUTION
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < outputs
+    total = tl.zeros((ROWS,), tl.float32)
+    for group in range(groups):
+        at = group * WORDS + tl.arange(0, WORDS)
+        word = tl.load(words + row[:, None] * (groups * WORDS) + at[None, :], mask=here[:, None], other=0)
+        origin = tl.load(zero + row * groups + group, mask=here, other=0)
+        part = tl.zeros((ROWS,), tl.float32)
+        for place in range(8):
+            code = ((word >> 4 * place) & 15).to(tl.float32)
+            part += tl.sum((code - origin[:, None]) * tl.load(x + 8 * at + place)[None, :], 1)
+        total += tl.load(scale + row * groups + group, mask=here, other=0) * part
+    tl.store(out + row, total, mask=here)
+    ### END SOLUTION
+
+
+def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Your kernel's outputs, and what lies behind them."""
+    return launch(kernel, x, words, scale, zero)
+
+
+# %% test triton
+def packed_layer(rng, outputs, groups, words=4):
+    """Inputs, words, scale and zero points of a random 4-bit layer, and its outputs in float64."""
+    codes = torch.randint(0, 16, (outputs, groups * words * 8), generator=rng, dtype=torch.uint8)
+    scale = torch.rand(outputs, groups, generator=rng) + 0.5
+    zero = torch.randint(0, 16, (outputs, groups), generator=rng).float()
+    x = gaussian(codes.shape[1], rng=rng)
+    each = (codes.double() - zero.repeat_interleave(8 * words, 1)) * scale.repeat_interleave(8 * words, 1)
+    return (x, pack_rows(codes.T.contiguous(), 4).T.contiguous(), scale, zero), each @ x.double()
+
+
+@worth(3)
+def right_outputs(product, rng):
+    """The outputs are those of the dequantized matrix."""
+    for outputs, groups in ((16, 1), (32, 3)):
+        inputs, wanted = packed_layer(rng, outputs, groups)
+        close(product(*inputs), wanted, "the product", ask="Is each code in its place, with its group's grid?")
+
+
+@worth(2)
+def masked(product, rng):
+    """With a number of outputs that is no multiple of ROWS all are right, and nothing behind them is written."""
+    inputs, wanted = packed_layer(rng, 21, 2)
+    found = product(*inputs)
+    close(found[:21], wanted, "the product")
+    assert found[21:].isnan().all(), "Memory behind the last output was written."
+
+
+@worth(1, after=right_outputs)
+def one_grid_a_group(product, rng):
+    """Doubling one group's scale adds that group's share, and no more."""
+    (x, words, scale, zero), wanted = packed_layer(rng, 16, 3)
+    alone = torch.zeros_like(x)
+    alone[32:64] = x[32:64]
+    share = product(alone, words, scale, zero)
+    scale = scale.clone()
+    scale[:, 1] *= 2
+    close(product(x, words, scale, zero), wanted + share.double(), "the product")
+
+
+try_out(STUDENT, [product], right_outputs, masked, one_grid_a_group, needs="triton")
+
 # %% markdown clinic
-# ## 11 · 診所 (The clinic) · {points} 分 · 一個晚上
+# ## 12 · 診所 (The clinic) · {points} 分 · 一個晚上
 #
 # 三種病人，每一種都可能其實沒病。`diagnose(patient)` 看一份紀錄，傳回病名；`mend(patient)` 傳回治好的量。傳進來的是 dict，`kind` 說是哪一科：
 #

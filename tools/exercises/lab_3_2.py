@@ -1,7 +1,7 @@
 """Exercises of Lab 3.2, with solutions: see `tools.exercises.master` for the form of this file."""
 
 # %% markdown
-# # Lab 3.2 練習：親手寫出剪枝
+# # Lab 3.2 練習：親手寫出剪枝 (Exercises)
 #
 # 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 大致相同。每題有四格（第 7 題多一格給你的函式）：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。遮罩 (mask) 一律是布林矩陣 [out, in]，True 的權重留下。
 #
@@ -104,7 +104,7 @@ def exactly_so_many(magnitude_mask, rng):
 try_out(STUDENT, [magnitude_mask], smallest_go, exactly_so_many)
 
 # %% markdown wanda
-# ## 2 · Wanda 的遮罩 · {points} 分 · 10 分鐘
+# ## 2 · Wanda 的遮罩 (Wanda's mask) · {points} 分 · 10 分鐘
 #
 # 拿掉一個權重，輸出差多少？看權重，也看它乘上的激活值 (activation)：分數是 $|W_{ij}|\cdot\lVert X_j\rVert_2$。**每一列（每個輸出）自己比**，各拿掉分數最低的 `round(sparsity · in)` 個。`inputs` 是 [token, in]。
 #
@@ -212,7 +212,7 @@ def freedom_is_worth_something(nm_mask, rng):
 try_out(STUDENT, [nm_mask], best_of_every_group, freedom_is_worth_something)
 
 # %% markdown sparsegpt
-# ## 4 · SparseGPT 的更新 · {points} 分 · 一個晚上
+# ## 4 · SparseGPT 的更新 (The update) · {points} 分 · 一個晚上
 #
 # 遮罩已經選好了。由左到右，每一欄把遮罩說要走的權重歸零，造成的誤差由右邊的欄補償（和 GPTQ 同一個迴圈，只是「捨入」換成「歸零」）。H 的對角線先加上阻尼 `damp` × 對角線的平均。傳回新的權重。
 #
@@ -368,7 +368,7 @@ def nine_sixteenths(pack, unpack, rng):
 try_out(STUDENT, [pack, unpack], as_the_file_has_it, back_again, nine_sixteenths)
 
 # %% markdown owl
-# ## 6 · OWL：離群多的區塊剪少一點 · {points} 分 · 20 分鐘
+# ## 6 · OWL：離群多的區塊剪少一點 (Fewer where outliers are) · {points} 分 · 20 分鐘
 #
 # 每個區塊給你它的 Wanda 分數（一個攤平的張量）。一個區塊的離群比例是：分數大於**自己的平均** `multiple` 倍的權重佔多少。密度（1 − 稀疏度）依離群比例線性地放在寬 2 · `span` 的區間裡：比例最低的區塊密度最低，最高的最高；各區塊一樣大，所有區塊稀疏度的平均要剛好是 `sparsity`。傳回每個區塊的稀疏度。
 #

@@ -1,7 +1,7 @@
 """Exercises of Lab 3.3, with solutions: see `tools.exercises.master` for the form of this file."""
 
 # %% markdown
-# # Lab 3.3 練習：親手寫出知識蒸餾
+# # Lab 3.3 練習：親手寫出知識蒸餾 (Exercises)
 #
 # 共 {points} 分，十一題，由五分鐘到一個晚上，順序與 01 到 04 四個 notebook 大致相同。每題有四格：題目、摺起來的提示、要你寫的一格、測試。所有題目都在很小的張量上，不用網路，也不用 GPU。logits 一律是 [token, 詞彙量]，損失是對 token 的**平均**，單位是 nats。
 #

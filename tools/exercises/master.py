@@ -5,10 +5,11 @@ A master is a Python file in percent format. The line above a cell says what it 
     # %% markdown [TASK]                  prose, written as comments; `{points}` is the sum of the task's checks,
                                           `{without}` the names that its solution may not use
     # %% student                          the student's name, from which all inputs are drawn
-    # %% given                            code for everyone; an answer's process gets what stands above the answer
+    # %% given [TASK]                     code for everyone; an answer's process gets what stands above the answer.
+                                          With a task: not for its checks
     # %% checker                          code for checks only: the sandbox never sees it
     # %% solution TASK [without=X,Y]      without: names it may not use
-    # %% test TASK
+    # %% test TASK                        `needs="PACKAGE"` in its last call: skipped where that is not installed
 
 Solutions stand between `### BEGIN SOLUTION` and `### END SOLUTION`, and cells carry nbgrader's metadata, so that the
 instructor's notebook is an nbgrader assignment as well. (nbgrader itself runs checks in the student's own process.)
@@ -22,12 +23,14 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode, v4
 
+from common.course.exercises import lacking
 from common.course.settings import CHAPTER, work_folder
 
 LABS = ("3.1", "3.2", "3.3")
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # as nbgrader writes it
 HEAD = re.compile(r"^# %% (?P<kind>\w+) ?(?P<task>[\w-]+)?(?P<options>.*)$", re.M)
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
+NEEDS = re.compile(r'^try_out\(.*needs="(\w+)"\)$', re.M)
 POINTS = re.compile(r"^@worth\((\d+)(?:, after=\w+)?\)$", re.M)
 
 
@@ -55,6 +58,17 @@ class Task:
     def points(self) -> int:
         return sum(map(int, POINTS.findall(self.test)))
 
+    @property
+    def needs(self) -> str:
+        """A package without which the task is skipped; "" for most."""
+        found = NEEDS.search(self.test)
+        return found[1] if found else ""
+
+    @property
+    def lacking(self) -> str:
+        """Why the task is skipped on this machine, as a sentence; "" where it is not."""
+        return lacking(self.needs)
+
 
 @dataclass(frozen=True)
 class Master:
@@ -64,8 +78,8 @@ class Master:
     cells: list[Cell]
 
     def source(self, *kinds: str) -> str:
-        """The code of all cells of these kinds."""
-        return "\n\n".join(cell.source for cell in self.cells if cell.kind in kinds)
+        """The code of all cells of these kinds that belong to no task."""
+        return "\n\n".join(cell.source for cell in self.cells if cell.kind in kinds and not cell.task)
 
     @property
     def tasks(self) -> dict[str, Task]:

@@ -6,7 +6,7 @@ the student's (`tools.exercises.sandbox`).
 
 import ast
 
-MODULES = {"collections", "functools", "itertools", "math", "numpy", "torch", "typing"}
+MODULES = {"collections", "functools", "itertools", "math", "numpy", "torch", "triton", "typing"}
 OURS = {"common", "tools", "benchmarks"}
 CALLS = {
     *("exit", "quit", "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "vars", "setattr"),

@@ -100,6 +100,17 @@ FAULTS = {
         "not corrected": [("(difference - (2 - version))", "difference")],
         "by the first zero point": [("difference.mean() > 0.5", "stored.flatten()[0] == 7")],
     },
+    "triton": {
+        "highest nibble first": [("4 * place)", "(28 - 4 * place))")],
+        "no mask of the code": [(" & 15", "")],
+        "zero point forgotten": [("(code - origin[:, None])", "code")],
+        "zero point added": [("code - origin", "code + origin")],
+        "one grid a row": [("row * groups + group", "row * groups")],
+        "words in the other order": [("8 * at + place", "at + place * groups * WORDS")],
+        "last group left out": [("range(groups)", "range(groups - 1)")],
+        "only seven codes": [("range(8)", "range(7)")],
+        "writes behind the outputs": [("tl.store(out + row, total, mask=here)", "tl.store(out + row, total)")],
+    },
     "clinic": {
         "one direction only": [(".mean().abs() > 0.5", ".mean() > 0.5")],
         "everybody is ill": [('> 0.5 else "healthy"', '> -1 else "healthy"')],
@@ -150,6 +161,16 @@ def awq(weight, inputs, alphas, bits, group_size):
     },
     "bytes": {"nothing": "def checkpoint_bytes(shapes, others, bits, group_size):\n    return 0\n"},
     "foreign": {"as it came": "def read_foreign(codes, stored, scale):\n    return 2, codes\n"},
+    "triton": {
+        "writes nothing": """
+def product(x, words, scale, zero):
+    return torch.full((-(-len(words) // ROWS) * ROWS,), math.nan)
+""",
+        "zeros": """
+def product(x, words, scale, zero):
+    return torch.zeros(-(-len(words) // ROWS) * ROWS)
+""",
+    },
     "clinic": {
         "everybody is healthy": """
 def diagnose(patient):
@@ -384,6 +405,42 @@ def read_foreign(codes, stored, scale):
     read = {v: (codes.float() - stored[:, group] - (2 - v)) * scale.float()[:, group] for v in (1, 2)}
     version = min(read, key=lambda v: abs((codes.float() - stored[:, group] - (2 - v)).mean()))
     return version, read[version]
+""",
+    },
+    "triton": {
+        "zero point apart": [
+            (
+                "part += tl.sum((code - origin[:, None]) * tl.load(x + 8 * at + place)[None, :], 1)",
+                "inputs = tl.load(x + 8 * at + place)\n"
+                "            part += tl.sum(code * inputs[None, :], 1) - origin * tl.sum(inputs, 0)",
+            )
+        ],
+        "unrolled, a scale for each weight": [
+            ("range(8)", "tl.static_range(8)"),
+            ("(code - origin[:, None])", "(code - origin[:, None]) * step[:, None]"),
+            (
+                "part = tl.zeros",
+                "step = tl.load(scale + row * groups + group, mask=here, other=0)\n        part = tl.zeros",
+            ),
+            ("tl.load(scale + row * groups + group, mask=here, other=0) * part", "part"),
+        ],
+        "a tile of columns": """
+@triton.jit
+def kernel(x, words, scale, zero, out, outputs, groups, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    here = row < outputs
+    total = tl.zeros((ROWS, 8 * WORDS), tl.float32)
+    for group in range(groups):
+        column = group * WORDS * 8 + tl.arange(0, WORDS * 8)[None, :]
+        word = tl.load(words + row * groups * WORDS + column // 8, mask=here, other=0)
+        code = (word >> (column % 8) * 4) & 15
+        step = tl.load(scale + row * groups + group, mask=here, other=0)
+        total += (code - tl.load(zero + row * groups + group, mask=here, other=0)) * step * tl.load(x + column)
+    tl.store(out + row, tl.sum(total, 1, keep_dims=True), mask=here)
+
+
+def product(x, words, scale, zero):
+    return launch(kernel, x, words, scale, zero)
 """,
     },
     "clinic": {

@@ -1,4 +1,7 @@
-"""A deck as one HTML file that asks no other host for anything: pages snap to the window, and print one a sheet."""
+"""A deck as one HTML file that asks no other host for anything: pages snap to the window, and print one a sheet.
+
+Keys: arrows, space and page keys turn, Home and End, f for the whole screen.
+"""
 
 import html
 
@@ -22,7 +25,8 @@ img { display: block; margin: 0 auto 1.5vmin; max-width: 100%; max-height: 62vh;
 table { border-collapse: collapse; margin: 1vmin 0; font-size: .8em; }
 th, td { border-bottom: 1px solid #ccd3da; padding: .3em .8em; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-pre { font-size: .72em; line-height: 1.35; overflow: auto; background: #f5f6f7; padding: 1vmin; }
+pre { font-size: .72em; line-height: 1.35; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: #f5f6f7; padding: 1vmin; }
 footer { position: absolute; right: 3vmin; bottom: 2vmin; color: var(--soft); font-size: .65em; }
 @page { size: 297mm 167mm; margin: 0; }
 @media print { section { break-after: page; height: 167mm; } body { font-size: 5mm; } }
@@ -32,10 +36,20 @@ const pages = [...document.querySelectorAll("section")];
 const at = () => pages.findIndex((page) => page.getBoundingClientRect().bottom > innerHeight / 2);
 const go = (i) => pages[Math.max(0, Math.min(pages.length - 1, i))].scrollIntoView();
 const steps = { ArrowRight: 1, ArrowDown: 1, PageDown: 1, " ": 1, ArrowLeft: -1, ArrowUp: -1, PageUp: -1 };
+const fit = () => { // what is too much for a page is shown smaller, on paper too
+  for (const page of pages)
+    for (let zoom = 1; zoom > 0.4 && (zoom === 1 || page.scrollHeight > page.clientHeight + 1); zoom -= 0.05)
+      page.children[1].style.zoom = zoom;
+};
+addEventListener("load", fit);
+addEventListener("resize", fit);
+matchMedia("print").addEventListener("change", fit);
 addEventListener("keydown", (event) => {
   if (event.key in steps) go(at() + steps[event.key]);
   else if (event.key === "Home") go(0);
   else if (event.key === "End") go(pages.length - 1);
+  else if (event.key === "f" && document.fullscreenElement) document.exitFullscreen();
+  else if (event.key === "f") document.documentElement.requestFullscreen();
   else return;
   event.preventDefault();
 });

@@ -5,6 +5,7 @@ python -m tools.speedrun.entries NAME FOLDER        then: make submit FILE=FOLDE
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from common.course.assets import load_model, load_tokenizer
 from common.course.text import calibration_windows, load_corpus
 from common.formats.gptq import save_gptq
+from common.methods.gptaq import gptaq_model
 from common.methods.quantization import QuantizeConfig, gptq_model, rtn_model
 from tools.speedrun.rules import MODEL, STATEMENT
 
@@ -21,13 +23,14 @@ PLAIN = QuantizeConfig(bits=4, group_size=64, sym=True, mse=False, desc_act=Fals
 
 @dataclass(frozen=True)
 class Entry:
-    """How an entry is made; windows: of `seqlen` calibration tokens each, 0 for rounding alone."""
+    """How an entry is made; windows: of `seqlen` calibration tokens each, 0 for rounding alone, else for `quantize`."""
 
     name: str
     method: str
     config: QuantizeConfig
     windows: int = 0
     seqlen: int = 512
+    quantize: Callable = gptq_model
 
 
 ENTRIES = {
@@ -35,6 +38,7 @@ ENTRIES = {
     "rtn-asym": Entry("RTN 4-bit g64 asym", "四捨五入，非對稱", QuantizeConfig(mse=False, desc_act=False)),
     "gptq-short": Entry("GPTQ 4-bit g64, 2k", "GPTQ、act-order、非對稱", QuantizeConfig(mse=False), 16, 128),
     "gptq": Entry("GPTQ 4-bit g64, 32k", "GPTQ、act-order、MSE 截斷、非對稱（3.1-02 的設定）", QuantizeConfig(), 64),
+    "gptaq": Entry("GPTAQ 4-bit g64, 32k", "GPTAQ，其餘同 GPTQ 32k", QuantizeConfig(), 64, quantize=gptaq_model),
 }
 
 
@@ -43,7 +47,7 @@ def make(entry: Entry, folder: Path, spec: str = MODEL) -> None:
     model, tokenizer, tokens = load_model(spec, torch.bfloat16), load_tokenizer(spec), 0
     if entry.windows:
         windows = calibration_windows(tokenizer, load_corpus("wiki-leads"), entry.windows, entry.seqlen, 0)
-        quantized, tokens = gptq_model(model, windows, entry.config), windows.numel()
+        quantized, tokens = entry.quantize(model, windows, entry.config), windows.numel()
     else:
         quantized = rtn_model(model, entry.config)
     method = "gptq" if entry.windows else "rtn"

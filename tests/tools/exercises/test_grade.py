@@ -1,12 +1,14 @@
 """A class's submissions: solutions get everything, blanks nothing, and tricks are told and not rewarded."""
 
 import csv
+import importlib.util
 import json
 import time
 
 import nbformat
 import pytest
 
+from common.course.exercises import try_out
 from tools.exercises import grade, master, sheet
 from tools.exercises.__main__ import main, mark_all, submissions
 
@@ -27,7 +29,7 @@ def checker(chosen):
 def hand_in(chosen, checker, tmp_path):
     """Marks of the solved notebook after some change, and what was told of one task."""
 
-    def submit(change=lambda cells: None, secret="", seconds=20, tasks=("rtn", "pack")):
+    def submit(change=lambda cells, book: None, secret="", seconds=20, tasks=("rtn", "pack")):
         book = master.notebook(chosen, solutions=True)
         change({cell.id: cell for cell in book.cells}, book)
         file = tmp_path / "b12345678.ipynb"
@@ -82,6 +84,16 @@ TRICKS = {
     "magic": (replaced("solution-pack", "!pip install answers\n"), "not Python"),
     "returns what it is given": (replaced("solution-pack", DONE), ""),
 }
+
+
+def test_a_task_whose_package_is_not_installed_is_skipped_with_a_sentence(hand_in, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    marks = hand_in(tasks=("pack", "triton"))
+    skipped = next(task for task in marks.tasks if task.name == "triton")
+    assert (skipped.gained, skipped.points, marks.points) == (0, 0, 6)
+    assert {mark.message.partition(".")[0] for mark in skipped.marks} == {"Skipped: triton is not installed"}
+    try_out("amy", [lambda: None], lambda function, rng: None, needs="triton")
+    assert capsys.readouterr().out.startswith("➖ Skipped: triton is not installed.")
 
 
 @pytest.mark.parametrize("name", TRICKS)

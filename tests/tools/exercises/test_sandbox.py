@@ -82,3 +82,8 @@ def test_it_holds_nothing_of_ours():
     cell = "def f():\n    import gc, sys\n    texts = [x for x in gc.get_objects() if type(x) is dict]\n"
     cell += "    return [any(d.get('SECRET') for d in texts), 'tools.exercises.master' in sys.modules]"
     assert run(cell) == [False, False]
+
+
+def test_what_runs_before_the_answer_is_not_counted_as_its_time():
+    with Sandbox("import time\ntime.sleep(2)", "def f():\n    return 1", 1, GIB) as sandbox:
+        assert sandbox.call("f", (), {}) == 1

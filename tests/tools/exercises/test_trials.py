@@ -26,6 +26,8 @@ def test_no_student_draws_inputs_on_which_the_solution_fails(lab, monkeypatch):
     monkeypatch.setattr(trials, "WHO", [f"student {number}" for number in range(12)])
     chosen, checker = master.load(lab), trials.Checker(master.load(lab))
     for task in chosen.tasks.values():
+        if task.lacking:
+            continue
         assert trials.points(chosen, checker, task, task.solution) == task.points, task.name
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tools.speedrun import board
 from tools.speedrun.entries import ENTRIES, make
-from tools.speedrun.measure import distances, honest, measured, windows_for
+from tools.speedrun.measure import KNOWN, distances, honest, measured, windows_for
 from tools.speedrun.rules import BYTES, CALIBRATION, Refused, Statement, examine, fingerprint
 
 SAID = {"name": "mine", "author": "me", "method": "rounded", "calibration_tokens": 0}
@@ -160,3 +160,10 @@ def test_our_own_entries_are_submissions(name, original, tmp_path):
     make(entry, tmp_path / name, str(original))
     statement, _ = examine(tmp_path / name)
     assert statement.calibration_tokens == entry.windows * 32
+
+
+def test_honest_entries_stay_two_standard_errors_above_the_limit():
+    entries = board.read()
+    assert len([entry for entry in entries if entry["author"] == "課程"]) >= 4
+    for entry in entries:
+        assert entry["kl"] - 2 * entry["standard_error"] > KNOWN * entry["drawn"], entry["name"]

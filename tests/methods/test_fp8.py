@@ -24,6 +24,15 @@ def test_the_layer_is_the_product_of_the_rounded_matrices(device, tokens):
     assert (found.double() - x.double() @ weight.double().T).norm() > 4 * (found.double() - expected).norm()
 
 
+def test_transformers_rounds_rows_alike():
+    """Its FP8 layers of compressed-tensors checkpoints."""
+    from transformers.integrations.compressed_tensors import quantize_fp8_per_row
+
+    values = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (codes, scale), (theirs, their_scale) = to_fp8(values), quantize_fp8_per_row(values)
+    assert torch.equal(codes.float(), theirs.float()) and torch.equal(scale.flatten(), their_scale.flatten())
+
+
 def test_codes_and_scales_are_those_of_the_format():
     values = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     values[2] = 0

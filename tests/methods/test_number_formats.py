@@ -53,6 +53,24 @@ def test_e2m1_takes_the_nearest_and_of_two_the_even_one():
     assert NVFP4.nearest(torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])).tolist() == [0, 1, 1, 2, 2, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchao_casts_alike(dtype):
+    """MXFP4 bit by bit. NVFP4 multiplies by the inverse of a scale where we divide by it: a half may go the other way."""
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    weight = layer(24, 160)[0].to(dtype)
+    theirs = MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32).dequantize(torch.float32)
+    assert torch.equal(MXFP4.round(weight.float()), theirs)
+    whole = per_tensor_amax_to_scale(weight.abs().amax())
+    theirs = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=whole).dequantize(torch.float32)
+    found = NVFP4.round(weight.float())
+    alike = torch.isclose(found, theirs, rtol=1e-5, atol=0)
+    assert alike.float().mean() > 0.995
+    step = NVFP4.scale(weight).repeat_interleave(16, dim=-1) * 2  # the widest of the grid
+    assert ((found - theirs).abs() <= 1.001 * step).all()
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_rounding_twice_changes_nothing_and_the_scale_is_what_the_format_can_store(form):
     weight, _ = layer(24, 160)

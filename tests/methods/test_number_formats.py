@@ -55,7 +55,7 @@ def test_e2m1_takes_the_nearest_and_of_two_the_even_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchao_casts_alike(dtype):
-    """MXFP4 bit by bit. NVFP4 multiplies by the inverse of a scale where we divide by it: a half may go the other way."""
+    """MXFP4 bit by bit. For NVFP4 it multiplies by the inverse of a scale: a half may go the other way."""
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 

@@ -38,7 +38,7 @@ def estimates(found: dict[str, dict[str, Estimate]], xlabel: str, title: str) ->
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
+    axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set(xlabel=f"{xlabel} (logarithmic)", title=title)
     if len(names) > 1:
         figure.legend(frameon=False, ncols=len(names), loc="outside lower center", fontsize=8)

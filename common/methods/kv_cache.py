@@ -106,13 +106,14 @@ class QuantizedLayer(DynamicLayer):
 
 
 class QuantizedCache(Cache):
-    """A cache for `model.generate(..., past_key_values=QuantizedCache(model, config))`. Full attention only."""
+    """A cache for `model.generate(..., past_key_values=QuantizedCache(model, config))`.
+
+    All tokens are kept, also where attention has a sliding window: the model's own mask hides those outside of it.
+    """
 
     def __init__(self, model, config: CacheConfig):
-        text = model.config.get_text_config()
-        if getattr(text, "sliding_window", None):
-            raise ValueError(f"{type(model).__name__} has sliding windows, which forget tokens: not supported here.")
-        super().__init__(layers=[QuantizedLayer(config) for _ in range(text.num_hidden_layers)])
+        blocks = model.config.get_text_config().num_hidden_layers
+        super().__init__(layers=[QuantizedLayer(config) for _ in range(blocks)])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer as TheirLayer
 
@@ -112,6 +113,18 @@ def test_reading_in_pieces_is_the_model_where_nothing_is_rounded(llama, text):
     torch.testing.assert_close(wide.losses, whole.losses, rtol=1e-4, atol=1e-4)
     coarse = evaluate(ReadInPieces(llama, CacheConfig(2, 8, window=0), piece=8), text)
     assert not torch.allclose(coarse.losses, whole.losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2"])  # a window in every block, and in every second one
+def test_sliding_windows_are_those_of_the_model(family, text):
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 8}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes, **heads))
+    whole = evaluate(model.eval(), text)
+    wide = evaluate(ReadInPieces(model, CacheConfig(2, 8, window=100), piece=7), text)
+    torch.testing.assert_close(wide.losses, whole.losses, rtol=1e-4, atol=1e-4)
+    plain, cached = (generated(model, text, cache) for cache in (None, QuantizedCache(model, CacheConfig(window=100))))
+    assert torch.equal(plain, cached)
 
 
 def test_what_it_cannot_do_is_said():

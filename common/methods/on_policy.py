@@ -54,7 +54,7 @@ class Writer:
             self.reader(self.windows[:, : n - 1], torch.zeros_like(self.position))
         self.position.fill_(n - 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: Tensor) -> Tensor:
         """Windows [n, length] on the CPU that begin with prompts [n, prompt tokens], n at most the batch."""
         self._begin(prompts)

@@ -123,7 +123,7 @@ class Speculation:
         self.known.fill_(n)
         self.counts.zero_()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, prompt: Tensor) -> None:
         """Read the prompt [1, n], n ≥ 2; the first time also record the round."""
         if not 2 <= prompt.shape[1] < self.length:
@@ -133,7 +133,7 @@ class Speculation:
             self.run = graphed(self._round, self.device)
             self._begin(prompt)  # recording has written something
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def write(self) -> Written:
         """Go on from what `prepare` read until `length` tokens are there."""
         while self.run().item() < self.length:

@@ -34,13 +34,12 @@ def require_static_cache(model: nn.Module) -> None:
     """Raise ValueError unless tokens read in pieces, one of them twice, give the logits of one pass over all."""
     ids, why = few_tokens(model, 8), ""
     try:
-        reader, at = Reader(model, 1, 12), [torch.tensor(n, device=ids.device) for n in (0, 3, 4)]
-        pieces = [
-            reader(ids[:, :5].clone(), at[0])[:, :3],
-            reader(ids[:, 3:5], at[1])[:, :1],
-            reader(ids[:, 4:], at[2]),
-        ]
-        found, expected = torch.cat(pieces, 1).float(), logits_of(model, ids).float()
+        reader = Reader(model, 1, 12)
+        first, again, rest = (
+            reader(ids[:, a:b], torch.tensor(a, device=ids.device)) for a, b in ((0, 5), (3, 5), (4, 8))
+        )
+        found = torch.cat((first[:, :3], again[:, :1], rest), 1).float()
+        expected = logits_of(model, ids).float()
         limit = max(1e-4, 4 * torch.finfo(model.dtype).eps)  # other shapes of the products, other sums
         if not (found - expected).norm() <= limit * expected.norm():
             why = "its logits are others"

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_speculative import fits, probabilities
+from test_speculative import SMALLEST, fits, probabilities
 from torch.nn import functional as F
 
 from common.methods.distillation import student_from_teacher
@@ -87,15 +87,7 @@ def test_the_first_loss_is_trls(tmp_path, llama, text, divergence, beta):
 
 def test_a_writer_writes_what_its_model_would(make_llama):
     """6,000 texts of three tokens out of three at once, against all 27 probabilities."""
-    size = {
-        "vocab_size": 3,
-        "num_hidden_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "initializer_range": 1.0,
-    }
-    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
-    model, prompt = make_llama(1, **size), torch.tensor([[1, 2]])
+    model, prompt = make_llama(1, **SMALLEST), torch.tensor([[1, 2]])
     torch.manual_seed(0)
     windows = write(model, prompt.expand(6000, -1), 5, batch_size=2500)  # the last batch is smaller
     assert windows.shape == (6000, 5)
@@ -120,13 +112,8 @@ def trainer(folder, teacher, text, divergence="forward", alpha=0.0):
         folder, name="test", steps=1, batch_size=4, learning_rate=3e-3, seed=0, evaluations=0, on_cpu=True
     )
     student = student_from_teacher(teacher, [0, 2])
-    return DistillationTrainer(
-        student,
-        made,
-        WindowDataset(text),
-        Objective(alpha, divergence=divergence),
-        teacher=teacher.requires_grad_(False),
-    )
+    objective = Objective(alpha, divergence=divergence)
+    return DistillationTrainer(student, made, WindowDataset(text), objective, teacher=teacher.requires_grad_(False))
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -159,18 +146,9 @@ def test_the_loss_is_written_once():
 
 def test_the_divergence_between_sequences_is_the_sum_along_the_students_text(make_llama):
     """KL(q(y) ‖ p(y)) = Σ over prefixes that the student writes of its reverse KL: exposure bias is part of it."""
-    size = {
-        "vocab_size": 3,
-        "num_hidden_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "initializer_range": 1.0,
-    }
-    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
-    p, q, prompt = make_llama(1, **size), make_llama(2, **size), torch.tensor([[1, 2]])
-    whole = F.kl_div(
-        probabilities(p, prompt, 3).log(), probabilities(q, prompt, 3).log(), log_target=True, reduction="sum"
-    )
+    p, q, prompt = make_llama(1, **SMALLEST), make_llama(2, **SMALLEST), torch.tensor([[1, 2]])
+    log_p, log_q = (probabilities(model, prompt, 3).log() for model in (p, q))
+    whole = F.kl_div(log_p, log_q, log_target=True, reduction="sum")
     along_it = 0.0
     for n in range(3):
         weights = probabilities(q, prompt, n) if n else torch.ones(1)

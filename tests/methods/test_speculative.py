@@ -14,6 +14,17 @@ from common.methods.proofs import logits_of
 from common.methods.speculative import Speculation, accept, draw, expected_speedup, expected_tokens
 from common.methods.static_cache import require_static_cache
 
+SMALLEST = {  # a model of which every text of a few tokens can be looked at
+    "vocab_size": 3,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "initializer_range": 1.0,
+}
 UNLIKELY = 1e-4  # probability of a false alarm; seeds are fixed, so it never rings twice
 
 
@@ -22,9 +33,8 @@ def fits(counts: torch.Tensor, expected: torch.Tensor) -> bool:
     n, rare = counts.sum().item(), expected * counts.sum() < 10
     observed, wanted = counts[~rare].double(), expected[~rare].double() * n
     if rare.any():
-        observed, wanted = (
-            torch.cat((v, w[rare].sum()[None])) for v, w in ((observed, counts), (wanted, n * expected))
-        )
+        observed = torch.cat((observed, counts[rare].sum()[None]))
+        wanted = torch.cat((wanted, n * expected[rare].sum()[None]))
     return stats.chisquare(observed.numpy(), (wanted / wanted.sum() * n).numpy()).pvalue > UNLIKELY
 
 
@@ -79,15 +89,7 @@ def probabilities(model, prompt, length):
 @pytest.mark.parametrize("drafted", [1, 2])
 def test_whole_texts_are_distributed_as_the_models(make_llama, drafted):
     """400 texts of two tokens out of three, written by the class, against all nine probabilities."""
-    size = {
-        "vocab_size": 3,
-        "num_hidden_layers": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "initializer_range": 1.0,
-    }
-    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
-    model, draft, prompt = make_llama(1, **size), make_llama(2, **size), torch.tensor([[1, 2]])
+    model, draft, prompt = make_llama(1, **SMALLEST), make_llama(2, **SMALLEST), torch.tensor([[1, 2]])
     run = Speculation(model, draft, drafted, length=4)
     torch.manual_seed(0)
     counts = torch.zeros(9, dtype=torch.long)
@@ -130,10 +132,9 @@ def test_a_draft_that_is_the_model_is_always_right(make_llama, windows):
 
 def test_sliding_windows_keep_all_tokens_and_see_few(windows):
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 256}
-    config = MistralConfig(
-        **size, num_attention_heads=2, num_key_value_heads=1, sliding_window=8, initializer_range=0.3
-    )
+    size = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 256, "num_attention_heads": 2}
+    size |= {"num_hidden_layers": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    config = MistralConfig(**size, sliding_window=8)
     model = MistralForCausalLM(config).double().eval()
     plain = model.generate(windows[:1, :6], max_length=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
     run = Speculation(model, model, 2, length=30, temperature=0)

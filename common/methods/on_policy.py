@@ -51,7 +51,7 @@ class Writer:
         n = prompts.shape[1]
         self.windows[: len(prompts), :n] = prompts.to(self.device)
         if n > 1:
-            self.reader(self.windows[:, : n - 1], torch.zeros_like(self.position))
+            self.reader(self.windows[:, : n - 1], torch.zeros_like(self.position), keep=1)
         self.position.fill_(n - 1)
 
     @torch.no_grad()

@@ -119,7 +119,7 @@ class Speculation:
         start = torch.zeros((), dtype=torch.long, device=self.device)
         self.tokens[:, :n] = prompt
         for reader in (self.model, self.draft) if self.draft else (self.model,):
-            reader(self.tokens[:, : n - 1], start)
+            reader(self.tokens[:, : n - 1], start, keep=1)
         self.known.fill_(n)
         self.counts.zero_()
 

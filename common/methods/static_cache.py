@@ -20,13 +20,14 @@ class Reader:
         blocks = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(blocks)])
 
-    def __call__(self, ids: Tensor, position: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, position: Tensor, keep: int = 0) -> Tensor:
         """Logits [batch, n, vocabulary] after ids [batch, n], whose first token stands at `position` (int64, on the
-        device); the tokens before it have been read already."""
+        device); the tokens before it have been read already. keep: of so many positions, the last ones; 0 of all."""
         for layer in self.cache.layers:
             layer.cumulative_length.copy_(position)
         positions = position + torch.arange(ids.shape[1], device=ids.device)
-        return self.model(input_ids=ids, position_ids=positions[None], past_key_values=self.cache).logits
+        given = {"position_ids": positions[None], "past_key_values": self.cache, "logits_to_keep": keep}
+        return self.model(input_ids=ids, **given).logits
 
 
 @torch.no_grad()

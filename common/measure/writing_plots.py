@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from common.measure.evaluation import Estimate
@@ -97,7 +98,10 @@ def classes(points: dict[str, tuple[float, float, float]], limits: list[float], 
     axis.set_xlabel("MB on disk (logarithmic)")
     axis.set_ylabel("KL from the teacher, nats per token (logarithmic)")
     axis.set_xticks(limits, [f"{limit:.0f}" for limit in limits])
-    axis.minorticks_off()
-    axis.margins(x=0.2)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.2, y=0.1)
     figure.text(0.99, 0.01, f"area: speed squared, largest {fastest:.0f} tokens/s", ha="right", fontsize=8)
     return figure

@@ -78,6 +78,7 @@ class Lesson:
 
     losses: list[float] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
+    seconds: float = 0.0  # until the last step was done
     writing_seconds: float = 0.0
 
 
@@ -136,6 +137,7 @@ def learn(
         bar.update(min(time.perf_counter() - start, seconds) - spent)
         spent = time.perf_counter() - start
     bar.close()
+    lesson.seconds = spent
     trainer.bodies.clear()
     release_memory()
     return lesson

@@ -131,10 +131,12 @@ def save_gptq(
     """Save `model` with the layers named in `quantized` packed, everything else in 16 bits.
 
     device: where a layer is packed (default: where its codes are).
-    A model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
+    An embedding may be among them, after the layers: `load_dequantized` reads it, engines want it in 16 bits. A
+    model that computes in float32, since the CPU cannot do otherwise, still came from 16-bit weights.
     Raises what `check_packable` raises.
     """
-    check_packable(model, quantized)
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    check_packable(model, [name for name in quantized if name not in embeddings])
     config = next(iter(quantized.values())).config
     tensors = {}
     for name, value in checkpoint.tensors_once(model).items():

@@ -75,12 +75,18 @@ def reverse_kd_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature:
     return _through_softmax((q * slope).sum(-1), slope, q, logits, temperature)
 
 
-def jensen_shannon_and_gradient(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """T² · (KL(p_T ‖ m) + KL(q_T ‖ m)) / 2 with m = (p_T + q_T) / 2, summed over tokens, with its gradient."""
+def jensen_shannon_and_gradient(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """T² · (β KL(p_T ‖ m) + (1 - β) KL(q_T ‖ m)), m = β p_T + (1 - β) q_T, summed over tokens, with its gradient.
+
+    0 < β < 1. Divided by β it tends to the forward KL for β → 0, divided by 1 - β to the reverse for β → 1 (GKD,
+    Agarwal et al., 2024, arXiv:2306.13649).
+    """
     log_q, log_p = (log_softmax(z, temperature) for z in common_rows(logits, teacher_logits))
-    q, log_m = log_q.exp(), torch.logaddexp(log_q, log_p).sub_(math.log(2))
-    slope = (log_q - log_m) / 2
-    divergence = (q * slope).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1) / 2
+    q, log_m = log_q.exp(), torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    slope = (1 - beta) * (log_q - log_m)
+    divergence = (q * slope).sum(-1) + beta * (log_p.exp() * (log_p - log_m)).sum(-1)
     return _through_softmax(divergence, slope, q, logits, temperature)
 
 

@@ -359,3 +359,18 @@ def test_a_dense_copy_names_what_it_was_made_from(make_llama, tokenizer, tmp_pat
     model = make_llama()
     source = save_gptq(tmp_path / "gptq", model, tokenizer, rtn_model(model, SMALL), method="rtn", parent="tiny")
     assert save_dense(source, tmp_path / "dense", torch.float32).parent == "gptq"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_may_be_packed_with_bits_of_its_own(make_llama, windows, tokenizer, tmp_path, tied):
+    """Read back as it was rounded, and with it the head where both are one."""
+    model = make_llama(tie_word_embeddings=tied)
+    quantized = rtn_model(model, QuantizeConfig(bits=3, group_size=64))
+    embedding = model.get_input_embeddings().weight
+    quantized["model.embed_tokens"] = rtn(embedding, QuantizeConfig(bits=8, group_size=64))
+    with torch.no_grad():
+        embedding.copy_(quantized["model.embed_tokens"].dequantize())
+    saved = save_gptq(tmp_path / "small", model, tokenizer, quantized, method="rtn", parent="original")
+    loaded = load_dequantized(saved.folder, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(windows).logits, model(windows).logits, rtol=1e-4, atol=1e-4)

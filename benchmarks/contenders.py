@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.course.memory import peak_memory
+from common.course.memory import host_peak
 from common.formats.gptq import load_dequantized, save_gptq
 from common.formats.sparse import packed_bytes
 from common.methods.awq import awq_model
@@ -64,7 +64,7 @@ class Clock:
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
         else:
-            self.peak = peak_memory()
+            self.peak = host_peak()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -24,7 +24,7 @@ from IPython.display import display
 
 from common.course import claims
 from common.course.assets import model_bytes
-from common.course.memory import GIB, cap_gpu_memory, card_memory, gpu_peak, peak_memory
+from common.course.memory import GIB, cap_gpu_memory, card_memory, gpu_peak, host_peak
 from common.course.settings import CHAPTER, LARGE, Settings, load_settings, resolve_profile, seed_everything
 
 PACKAGES = (
@@ -220,4 +220,4 @@ class Usage:
 
 def usage() -> Usage:
     """Wall-clock seconds and peak memory of this kernel since `prepare`."""
-    return Usage(time.perf_counter() - _started, peak_memory(), gpu_peak())
+    return Usage(time.perf_counter() - _started, host_peak(), gpu_peak())

@@ -66,7 +66,7 @@ def gpu_peak() -> int:
     return max(_peak_before_reset, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
-def peak_memory() -> int:
+def host_peak() -> int:
     """The most bytes of main memory that this process ever held.
 
     Linux hands `ru_maxrss` on to what a process starts: a kernel would report the peak of the program that runs it.

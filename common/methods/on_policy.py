@@ -66,7 +66,7 @@ class Writer:
         return self.windows[: len(prompts), : self.length].cpu().clone()
 
 
-def write(model: nn.Module, prompts: Tensor, length: int, batch_size: int) -> Tensor:
+def write_on(model: nn.Module, prompts: Tensor, length: int, batch_size: int) -> Tensor:
     """What `model` writes after each prompt [n, prompt tokens]: windows [n, length] on the CPU."""
     writer = Writer(model.eval(), min(batch_size, len(prompts)), length)
     return torch.cat([writer(batch) for batch in prompts.split(batch_size)])

@@ -32,8 +32,9 @@ BYTES_PER_PARAMETER = {"adamw_torch_fused": 16, "adamw_8bit": 10}
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer that `transformers` calls so, for a loop of one's own."""
     if name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
+        GlobalOptimManager.get_instance().initialize()  # else a former Trainer's exceptions hold, by position
         return AdamW8bit(parameters, learning_rate)
     return torch.optim.AdamW(parameters, learning_rate, fused=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.course import environment, memory
-from common.course.memory import peak_memory
+from common.course.memory import host_peak
 from common.course.settings import ROOT, load_settings
 
 
@@ -152,6 +152,6 @@ def test_the_first_cell_of_a_notebook_prints_nothing_to_stderr():
 
 def test_peak_memory_is_the_process_own_and_not_that_of_the_program_that_started_it():
     held = np.ones(2**28)  # 2 GiB here; what starts now inherits them in its `ru_maxrss`
-    code = "from common.course.memory import peak_memory; print(peak_memory())"
+    code = "from common.course.memory import host_peak; print(host_peak())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 2**26 < int(said.stdout) < held.nbytes < peak_memory()
+    assert 2**26 < int(said.stdout) < held.nbytes < host_peak()

@@ -14,7 +14,7 @@ from common.methods.head_loss import (
     kd_and_gradient,
     reverse_kd_and_gradient,
 )
-from common.methods.on_policy import Writer, _schedule, copy_for_writing, learn, write
+from common.methods.on_policy import Writer, _schedule, copy_for_writing, learn, write_on
 from common.methods.soft_labels import WindowDataset
 from common.methods.training import DistillationTrainer, Objective, training_arguments
 
@@ -89,7 +89,7 @@ def test_a_writer_writes_what_its_model_would(make_llama):
     """6,000 texts of three tokens out of three at once, against all 27 probabilities."""
     model, prompt = make_llama(1, **SMALLEST), torch.tensor([[1, 2]])
     torch.manual_seed(0)
-    windows = write(model, prompt.expand(6000, -1), 5, batch_size=2500)  # the last batch is smaller
+    windows = write_on(model, prompt.expand(6000, -1), 5, batch_size=2500)  # the last batch is smaller
     assert windows.shape == (6000, 5)
     assert (windows[:, :2] == prompt).all()
     counts = (windows[:, 2:] * torch.tensor([9, 3, 1])).sum(1).bincount(minlength=27)

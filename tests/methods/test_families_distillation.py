@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.methods.blocks import collect, decoder_blocks
+from common.methods.blocks import decoder_blocks
 from common.methods.distillation import kd_loss, last_relations, require_relations, student_from_teacher
-from common.methods.importance import InputNorms
 from common.methods.structured import narrow_ffn
 from common.methods.training import DistillationTrainer, Objective, WindowDataset, save_student, training_arguments
 
@@ -160,7 +159,7 @@ def shallower(model, tokenizer, folder) -> bool:
 @torch.no_grad()
 def narrower(model, folder) -> bool:
     """Half the hidden units are gone, and the model loads as what it is."""
-    narrow = narrow_ffn(model, 64, collect(model, IDS, InputNorms))
+    narrow = narrow_ffn(model, 64, IDS)
     narrow.save_pretrained(folder / "n")
     loaded = type(model).from_pretrained(folder / "n", dtype=torch.float32).eval()
     fewer = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in narrow.parameters())

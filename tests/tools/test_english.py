@@ -8,10 +8,12 @@ import pytest
 
 from common.course.settings import ROOT
 from tools import tables
-from tools.book.english import HOME, LAB
 from tools.documents.markdown import headings
 from tools.notebooks import find_notebooks
 from tools.wording import CHINESE, ENGLISH, wording
+
+pytest.importorskip("docutils", reason="of the book's packages: requirements-book.txt")
+from tools.book.english import HOME, LAB
 
 PAGES = sorted([*ROOT.glob("README.en.md"), *ROOT.glob("03-Model_Compression/*/README.en.md")])
 LABS = [page for page in PAGES if page.parent != ROOT]

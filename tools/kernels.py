@@ -108,7 +108,7 @@ def execute(notebook: Path, target: Path, parameters: dict, limit: int | None = 
             kernel_manager_class=type("Manager", (WatchedKernelManager,), {"watch": watch}),
             execution_timeout=limit,
             start_timeout=180,
-            extra_arguments=["--log-level=40"],  # the kernel's warnings about its own transport are no output of ours
+            extra_arguments=["--log-level=50"],  # at 40 it tells that it was interrupted, which is how it is ended
             progress_bar=sys.stderr.isatty() or "CI" not in os.environ,
         )
     except PapermillExecutionError as error:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from common.course.settings import ROOT
@@ -39,10 +40,14 @@ class Wording:
             return label
         if not HAN.search(label):
             return label.translate(ASCII).replace("  (", " (")
-        labels = tomllib.loads(LABELS.read_text(encoding="utf-8"))
-        if label not in labels:
+        if label not in _labels():
             raise ValueError(f"{LABELS.relative_to(ROOT)} has no English for «{label}».")
-        return labels[label]
+        return _labels()[label]
+
+
+@cache
+def _labels() -> dict[str, str]:
+    return tomllib.loads(LABELS.read_text(encoding="utf-8"))
 
 
 CHINESE = Wording(

@@ -24,7 +24,7 @@ from IPython.display import display
 
 from common.course import claims
 from common.course.assets import model_bytes
-from common.course.memory import GIB, cap_gpu_memory, card_memory, gpu_peak, host_peak
+from common.course.memory import GIB, cap_gpu_memory, card_memory, gpu_peak, host_peak, keep_freed_memory
 from common.course.settings import CHAPTER, LARGE, Settings, load_settings, resolve_profile, seed_everything
 
 PACKAGES = (
@@ -76,6 +76,7 @@ def prepare(
     settings = load_settings(lab, choose_profile(profile, model), model).replace(notebook=notebook)
     seed_everything(settings.seed)
     cap_gpu_memory()
+    keep_freed_memory()
     claims.about(model, student)
     print(f"profile {settings.profile} · model {model} · {device_name(settings)} · {str(settings.dtype)[6:]}")
     _show_settings(settings)

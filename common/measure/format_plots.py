@@ -3,11 +3,10 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from common.measure.evaluation import Estimate
-from common.measure.plots import BLUE, colors
+from common.measure.plots import BLUE, colors, plain_numbers
 
 
 def grids(values: dict[str, Tensor], title: str) -> Figure:
@@ -34,9 +33,7 @@ def estimates(found: dict[str, dict[str, Estimate]], xlabel: str, title: str) ->
         height = [row + 0.16 * (place - (len(names) - 1) / 2) for row, _ in rows]  # intervals do not hide each other
         axis.errorbar(values, height, xerr=reach, fmt="o", color=color, capsize=2, label=name)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(axis.xaxis)
     axis.set_yticks(range(len(found)), list(found))
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set(xlabel=f"{xlabel} (logarithmic)", title=title)

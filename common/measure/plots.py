@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
@@ -72,12 +73,11 @@ def _from_zero(axis: Axes) -> None:
     axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
 
 
-def _plain_logarithmic(axis: Axes) -> None:
-    """A logarithmic x axis with numbers at 1, 2 and 5 of every decade."""
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+def plain_numbers(axis: Axis) -> None:
+    """Numbers at 1, 2 and 5 of every decade, for an x or y axis that is logarithmic already."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def three_digits(value: float) -> str:
@@ -175,7 +175,8 @@ def dots(
     for name, limit in (limits or {}).items():
         axis.axvline(limit, color=GREY, linestyle="--")
         axis.annotate(name, (limit, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8)
-    _plain_logarithmic(axis)
+    axis.set_xscale("log")
+    plain_numbers(axis.xaxis)
     axis.set_yticks(range(len(values)), list(values))
     axis.invert_yaxis()
     axis.set_xlabel(xlabel)
@@ -198,7 +199,8 @@ def ratios(found: dict[str, Estimate], title: str, of: str = "the original's") -
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     if max(ratio.high for ratio in found.values()) > 4:
-        _plain_logarithmic(axis)
+        axis.set_xscale("log")
+        plain_numbers(axis.xaxis)
     axis.set(xlabel=f"perplexity, multiple of {of} (95 % interval)", title=title)
     return figure
 

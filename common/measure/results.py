@@ -169,7 +169,7 @@ def merge(records: list[dict], file: Path) -> None:
 
 
 def write(records: list[dict], file: Path) -> None:
-    """Make `records` the content of a file; of equal identities the last one stays."""
+    """Make `records` the content of a file, one on each line; of equal identities the last one stays."""
     merged = {identity(record): record for record in records}
-    content = json.dumps(sorted(merged.values(), key=identity), indent=1, ensure_ascii=False)
-    write_whole(file, content + "\n")
+    lines = [json.dumps(merged[key], ensure_ascii=False) for key in sorted(merged)]
+    write_whole(file, "[\n" + ",\n".join(lines) + "\n]\n")

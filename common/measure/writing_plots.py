@@ -3,11 +3,11 @@
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from common.measure.evaluation import Estimate
-from common.measure.plots import BLUE, GREEN, GREY, ORANGE, PALETTE, SLATE, colors
+from common.measure.plots import BLUE, GREEN, GREY, ORANGE, PALETTE, SLATE, colors, plain_numbers
 
 
 def between(curves: dict[str, dict[float, float]], ends: dict[str, float], title: str) -> Figure:
@@ -99,9 +99,7 @@ def classes(points: dict[str, tuple[float, float, float]], limits: list[float], 
     axis.set_ylabel("KL from the teacher, nats per token (logarithmic)")
     axis.set_xticks(limits, [f"{limit:.0f}" for limit in limits])
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(axis.yaxis)
     axis.margins(x=0.2, y=0.1)
     figure.text(0.99, 0.01, f"area: speed squared, largest {fastest:.0f} tokens/s", ha="right", fontsize=8)
     return figure

@@ -29,6 +29,10 @@ def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
 
 def keep_highest(scores: Tensor, sparsity: float) -> Tensor:
     """True for all but the lowest round(sparsity · n) of the n scores in each row; of equal scores the first go."""
-    order = scores.argsort(dim=-1, stable=True)
-    removed = order[..., : round(sparsity * scores.shape[-1])]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, removed, False)
+    removed = round(sparsity * scores.shape[-1])
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(removed, dim=-1, keepdim=True).values  # to sort them all takes five times as long
+    below, equal = scores < threshold, scores == threshold
+    still_to_go = removed - below.sum(-1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(-1, dtype=torch.int32) <= still_to_go)))

@@ -174,10 +174,7 @@ def prune_model(
 
     if config.method == "magnitude":
         for name, linear in iter_linears(model):
-            weight = linear.weight.to(walk_options.get("device") or home)  # to sort a 7B's takes minutes on a CPU
-            sparsity = allocation[name] if allocation else config.sparsity
-            [(pruned, keep)] = prune_together([weight], None, config, [sparsity])
-            linear.weight.copy_(pruned)
+            keep = prune_linears({name: linear}, None, config, allocation, walk_options.get("device"))[name]
             masks[name] = keep.to(home)
     else:
         walk_options = {"at_once": config.method == "wanda", "description": config.label} | walk_options
@@ -207,12 +204,16 @@ def prune_linears(
     statistic: Statistic | None,
     config: PruneConfig,
     allocation: dict[str, float] | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Prune layers that read the same input, in place; returns their masks, by the names that were given."""
+    """Prune layers that read the same input, in place; returns their masks, by the names that were given.
+
+    device: where that is worked out (default: where the weights are; to sort a 7B's takes minutes on a CPU).
+    """
     sparsities = [allocation[name] if allocation else config.sparsity for name in linears]
     weights = [linear.weight for linear in linears.values()]
     with naming(linears):
-        results = prune_together(weights, statistic, config, sparsities)
+        results = prune_together([w.to(device or w.device) for w in weights], statistic, config, sparsities)
     for weight, (pruned, _) in zip(weights, results, strict=True):
         weight.copy_(pruned)
     return {name: keep for name, (_, keep) in zip(linears, results, strict=True)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from common.measure.evaluation import windows_together
-from common.methods.capture import Block, BlockInputs, blocks_replaced, capture, decoder_blocks, stand_ins, trace
+from common.methods.capture import Block, BlockInputs, blocks_replaced, capture, decoder_blocks, hooks, stand_ins, trace
 
 
 @contextmanager
@@ -35,11 +35,8 @@ def offloaded(model: nn.Module, device: torch.device | str):
     with surroundings_lent(model, device), ExitStack() as stack:
         for block in decoder_blocks(model):
             there = stack.enter_context(ExitStack())  # closed at the end where a pass ends half-way, too
-            for hook in (
-                block.register_forward_pre_hook(partial(_bring, there, device)),
-                block.register_forward_hook(partial(_leave, there)),
-            ):
-                stack.callback(hook.remove)
+            before = block.register_forward_pre_hook(partial(_bring, there, device))
+            stack.enter_context(hooks(before, block.register_forward_hook(partial(_leave, there))))
         yield model
 
 

@@ -1,5 +1,6 @@
 """What the first cells of every notebook print."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -95,6 +96,34 @@ def test_gpu_memory_cap(monkeypatch, limit, expected):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     memory.cap_gpu_memory()
     assert fractions == ([] if expected is None else [pytest.approx(expected)])
+
+
+AGAIN = """
+import resource
+import torch
+from common.course.memory import keep_freed_memory
+{first}
+for half in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(30):
+        torch.ones(25_000_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
+def test_freed_memory_is_kept():
+    """100 MB are 24,414 pages (fewer where they are large), which the system clears again if they were handed back.
+
+    In the first half small objects settle here and there among what is freed; then it stays as it is.
+    """
+
+    def pages_cleared(first: str) -> float:
+        code = [sys.executable, "-c", AGAIN.format(first=first)]
+        return float(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout)
+
+    assert pages_cleared("keep_freed_memory()") < 0.1 * pages_cleared("")
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_answers_are_chosen_by_likelihood_per_character(monkeypatch):
     assert answers(None, None, items).tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_the_harness_gives_the_same_answers(llama, tokenizer, tmp_path, monkeypatch):
     """Same items, same tiny model: item for item, in all three tasks."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -106,6 +107,7 @@ def test_the_harness_gives_the_same_answers(llama, tokenizer, tmp_path, monkeypa
     assert 0 < library["title_of_lead"].float().mean() < 1
 
 
+@pytest.mark.slow
 def test_task_files_name_their_data(tmp_path):
     tasks.write_tasks(tmp_path, 5)
     for task in tasks.CHANCE:

@@ -19,6 +19,7 @@ from common.methods.streaming import Streamed, offloaded
 from common.methods.structured import block_influence, drop_blocks, narrow_ffn, only_blocks
 from common.methods.variants import evaluate_edited
 
+pytestmark = pytest.mark.slow  # every operation is seen by a Python function
 BLOCKS = 12
 
 

@@ -160,6 +160,7 @@ def train_until_killed(folder, llama, data, step):
     it.train()
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit_after_a_kill(tmp_path, llama, text, labels):
     """A process is killed at step 5 of 8; another goes on from the checkpoint of step 4."""
     data = WindowDataset(text, labels)

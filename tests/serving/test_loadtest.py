@@ -81,6 +81,7 @@ def test_histogram_quantile_is_prometheus_own():
     assert np.isnan(histogram_quantile(0.5, after, after, name))
 
 
+@pytest.mark.slow
 def test_load_test_of_a_running_service(llama, chatty):
     """Real Locust against the tiny model: more users than slots and queue, so that some are refused."""
     with listening(make_engine(llama, chatty, delay=0.005), api_key="k") as url:

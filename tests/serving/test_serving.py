@@ -412,6 +412,7 @@ def test_a_failing_step_fails_its_requests_only(llama, tokenizer):
         assert text(complete(url)) == direct(llama, tokenizer, "hello", 20)
 
 
+@pytest.mark.slow
 def test_sigterm_completes_what_was_accepted(folder):
     options = ("--slots", "2", "--queue", "8", "--max-output", "800")
     with serve(folder, *options) as url, ThreadPoolExecutor(6) as pool:
@@ -428,6 +429,7 @@ def test_sigterm_completes_what_was_accepted(folder):
             complete(url)
 
 
+@pytest.mark.slow
 def test_no_service_outlives_its_starter(folder):
     code = "import sys, time; from common.serving import serve\n"
     code += "with serve(sys.argv[1]) as url: print(url, flush=True); time.sleep(600)"

@@ -101,6 +101,7 @@ def rounded(tensors):
         tensors[name] = (value * 16).round() / 16
 
 
+@pytest.mark.slow
 def test_the_original_is_at_no_distance_and_a_rounded_one_at_some(original, tmp_path):
     same = distances(changed(original, tmp_path / "same", lambda tensors: None), str(original))
     assert abs(same["kl"]) < 1e-5 > abs(same["drawn"])
@@ -108,6 +109,7 @@ def test_the_original_is_at_no_distance_and_a_rounded_one_at_some(original, tmp_
     assert found["kl"] > 1e-2 < found["drawn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -121,6 +123,7 @@ def test_tensors_that_are_no_weights_and_missing_ones_are_refused(original, tmp_
     assert told in str(raised.value)
 
 
+@pytest.mark.slow
 def test_what_the_process_says_is_the_refusal(original, tmp_path):
     with pytest.raises(Refused, match=r"cannot be measured: .*lacks 1 tensors"):
         measured(changed(original, tmp_path / "mine", lambda tensors: tensors.pop("model.norm.weight")), str(original))
@@ -154,6 +157,7 @@ def test_the_table_ranks_replaces_and_refuses_copies(folder, tmp_path):
     assert "| 1 | better | me | rounded | 0.00 | 0 | 0.0500 ± 0.0100 |" in board.table(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rtn", "gptq-short"])
 def test_our_own_entries_are_submissions(name, original, tmp_path):
     entry = replace(ENTRIES[name], windows=min(ENTRIES[name].windows, 2), seqlen=32)

@@ -92,9 +92,10 @@ def sweep() -> Figure:
     records = [r for r in committed() if (r["lab"], r["notebook"]) == ("quantization", "02-Quantize")]
     kls = [r for r in records if r["key"] == "blocks-kl"]
     device = max(sorted({r["device"] for r in kls}), key=lambda name: sum(r["device"] == name for r in kls))
+    kls = [r for r in kls if r["device"] == device]
     bits = {r["artifact"]: r["value"] for r in records if (r["device"], r["key"]) == (device, "bits-per-weight")}
     found: dict[str, list[tuple[float, Estimate]]] = {}
-    for r in (r for r in kls if r["device"] == device):
+    for r in kls:
         artifact = r["artifact"].removeprefix("gguf-")  # GGUF's bits are recorded by the type's name
         if artifact in bits:  # the rows of the options have the bits of rows that are there already
             kl = Estimate(r["value"], r["spread"], *r["interval"])

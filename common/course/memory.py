@@ -11,6 +11,7 @@ import psutil
 import torch
 
 GIB = 2**30
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # `mallopt` and `malloc_trim` are glibc's alone
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _peak_before_reset = 0
 
@@ -30,15 +31,20 @@ def cap_gpu_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 2 GiB that tensors have freed, in place of handing it back to the system at once.
+    """Without a GPU: let glibc keep up to 2 GiB that tensors have freed, in place of handing it back at once.
 
     What it gets anew from the system has to be cleared page by page: with activations of 100 MB that took longer than
-    the arithmetic. `release_memory` hands back what is kept.
+    the arithmetic. `hand_back_freed_memory` undoes it. With a GPU, main memory only stores, and nothing is kept.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # not in every C library
-        libc.mallopt(M_MMAP_THRESHOLD, GIB)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1)
+    if hasattr(LIBC, "mallopt") and not torch.cuda.is_available():
+        LIBC.mallopt(M_MMAP_THRESHOLD, GIB)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1)
+
+
+def hand_back_freed_memory() -> None:
+    """Give the system what glibc keeps of freed memory."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,9 +6,7 @@ so decoding is replayed from a CUDA graph; otherwise one would measure Python.
 """
 
 import copy
-import ctypes
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StaticCache
 
-from common.course.memory import reset_gpu_peak
+from common.course.memory import hand_back_freed_memory, reset_gpu_peak
 from common.measure.cuda_graph import graphed, using_attention
 
 
@@ -182,8 +180,8 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed pages otherwise
+    else:
+        hand_back_freed_memory()
 
 
 @dataclass

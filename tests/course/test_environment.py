@@ -1,6 +1,5 @@
 """What the first cells of every notebook print."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -112,7 +111,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 30)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
+@pytest.mark.skipif(not hasattr(memory.LIBC, "mallopt") or torch.cuda.is_available(), reason="glibc's, without a GPU")
 def test_freed_memory_is_kept():
     """100 MB are 24,414 pages (fewer where they are large), which the system clears again if they were handed back.
 
@@ -124,6 +123,12 @@ def test_freed_memory_is_kept():
         return float(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout)
 
     assert pages_cleared("keep_freed_memory()") < 0.1 * pages_cleared("")
+
+
+def test_with_a_gpu_main_memory_is_handed_back_as_ever(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "LIBC", type("C", (), {"mallopt": lambda *_: pytest.fail("something is kept")})())
+    memory.keep_freed_memory()
 
 
 @pytest.fixture
